@@ -1,0 +1,247 @@
+"""RotorCache: one layer's KV cache in mlx_lm's cache protocol. First tokens and recent tokens exact, the body packed.
+
+Holds arrays, numbers and names only, so that it can be deep-copied, saved and handed to another thread. Knows no model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import RotorError
+from .rows import Body, ExactRun, PackedRun, PackedSide, StoredRun, grown
+from .view import Counts, KVView, views
+
+FORMAT = 1
+
+
+def _mask(n: int, offset: int, return_array: bool, window_size: int | None) -> mx.array | str | None:
+    """The mask mlx_lm's plain KVCache makes for n new tokens after `offset`."""
+    if window_size is None and (n == 1 or not return_array):
+        return None if n == 1 else "causal"
+    rows = mx.arange(offset, offset + n)[:, None]
+    columns = mx.arange(offset + n)[None]
+    mask = rows >= columns
+    return mask if window_size is None else mask & (rows < columns + window_size)
+
+
+class RotorCache:
+    """Keys and values of one attention layer, [B, H, offset, D] in token order: sinks, body, ring.
+
+    Args:
+        k, v: codec names.
+        sinks: first tokens kept exact.
+        ring: recent tokens kept exact; decoding packs the oldest `block` once there are ring + block.
+    """
+
+    def __init__(self, k: str, v: str, sinks: int = 4, ring: int = 128, block: int = 32) -> None:
+        self.sinks, self.ring, self.block = sinks, ring, block
+        self.body_k, self.body_v = Body(k), Body(v)
+        self.sink_k: mx.array | None = None
+        self.sink_v: mx.array | None = None
+        # Grows to ring + block tokens, of which the first ring_length are held.
+        self.ring_k: mx.array | None = None
+        self.ring_v: mx.array | None = None
+        self.ring_length = 0
+        self.counts = Counts()
+
+    # ------------------------------------------------------------ tokens in
+    @property
+    def offset(self) -> int:
+        """Tokens held, and the position of the next one."""
+        held = 0 if self.sink_k is None else self.sink_k.shape[2]
+        return int(held + self.body_k.length + self.ring_length)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
+        """Appends keys, values [B, H, L, D] (after RoPE) and returns views of every token, [B, H, offset, D].
+
+        The new tokens are seen exact by this call's attention, the ring too; what leaves the ring is packed at once,
+        so that no exact copy of the body outlives the call.
+        """
+        dtype = keys.dtype
+        body, recent = self.append(keys, values)
+        runs: list[StoredRun] = []
+        if self.sink_k is not None and self.sink_v is not None:
+            runs.append(ExactRun(self.sink_k, self.sink_v))
+        # The buffers are read after they are written: the write then happens in place.
+        runs += ([self._packed_run(body)] if body else []) + ([recent] if recent.length else [])
+        return views(runs, dtype, self.counts)
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
+        """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact run)."""
+        first = 0 if self.sink_k is None else self.sink_k.shape[2]
+        into_sinks = min(self.sinks - first, keys.shape[2])
+        if into_sinks > 0:
+            self._fill_sinks(keys[:, :, :into_sinks], values[:, :, :into_sinks])
+            keys, values = keys[:, :, into_sinks:], values[:, :, into_sinks:]
+        return self._append_recent(keys, values)
+
+    def _fill_sinks(self, keys: mx.array, values: mx.array) -> None:
+        if self.sink_k is None or self.sink_v is None:
+            # A copy: a slice would keep the whole prompt chunk alive.
+            self.sink_k, self.sink_v = mx.contiguous(keys), mx.contiguous(values)
+        else:
+            self.sink_k = mx.concatenate([self.sink_k, keys], axis=2)
+            self.sink_v = mx.concatenate([self.sink_v, values], axis=2)
+
+    def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
+        """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact run) for this call to read."""
+        n, room = keys.shape[2], self.ring + self.block
+        if self.ring_length == room and n <= self.block:
+            self._pack_oldest(self.block)
+        if self.ring_length + n <= room:
+            self._write_ring(keys, values)
+            assert self.ring_k is not None and self.ring_v is not None
+            held = self.ring_length
+            return self.body_k.length, ExactRun(self.ring_k[:, :, :held], self.ring_v[:, :, :held])
+        body = self.body_k.length
+        k, v = keys, values
+        if self.ring_k is not None and self.ring_v is not None and self.ring_length:
+            k = mx.concatenate([self.ring_k[:, :, : self.ring_length], keys], axis=2)
+            v = mx.concatenate([self.ring_v[:, :, : self.ring_length], values], axis=2)
+        leaving = k.shape[2] - self.ring
+        self.body_k.append(k[:, :, :leaving])
+        self.body_v.append(v[:, :, :leaving])
+        self.ring_length = 0
+        self._write_ring(k[:, :, leaving:], v[:, :, leaving:])
+        return body, ExactRun(k, v)
+
+    def _pack_oldest(self, n: int) -> None:
+        assert self.ring_k is not None and self.ring_v is not None
+        self.body_k.append(self.ring_k[:, :, :n])
+        self.body_v.append(self.ring_v[:, :, :n])
+        k, v = self.ring_k[:, :, n : self.ring_length], self.ring_v[:, :, n : self.ring_length]
+        self.ring_length = 0
+        self._write_ring(k, v)
+
+    def _write_ring(self, keys: mx.array, values: mx.array) -> None:
+        n, room = keys.shape[2], self.ring + self.block
+        needed = self.ring_length + n
+        if self.ring_k is None or self.ring_v is None or needed > self.ring_k.shape[2]:
+            capacity = min(room, -(-needed // self.block) * self.block)
+            self.ring_k = grown(self.ring_k, keys, self.ring_length, capacity)
+            self.ring_v = grown(self.ring_v, values, self.ring_length, capacity)
+        start = self.ring_length
+        self.ring_k[:, :, start : start + n] = keys
+        self.ring_v[:, :, start : start + n] = values
+        self.ring_length += n
+
+    # ------------------------------------------------------------ tokens out
+    def _packed_run(self, length: int) -> PackedRun:
+        sides = []
+        for body in (self.body_k, self.body_v):
+            assert body.planes is not None and body.scale is not None
+            sides.append(PackedSide(body.codec_name, body.dim, body.planes, body.scale))
+        return PackedRun(length, sides[0], sides[1])
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """Views of the tokens held, or (None, None)."""
+        runs: list[StoredRun] = []
+        if self.sink_k is not None and self.sink_v is not None:
+            runs.append(ExactRun(self.sink_k, self.sink_v))
+        if self.body_k.length:
+            runs.append(self._packed_run(self.body_k.length))
+        if self.ring_k is not None and self.ring_v is not None and self.ring_length:
+            runs.append(ExactRun(self.ring_k[:, :, : self.ring_length], self.ring_v[:, :, : self.ring_length]))
+        if not runs or self.ring_k is None:
+            return None, None
+        return views(runs, self.ring_k.dtype, self.counts)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """An array that all later attention reads. Pipelined models set it to itself behind a dependency."""
+        return self.ring_k
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        if self.ring_k is None or value.shape != self.ring_k.shape:
+            raise RotorError("only the exact ring of a RotorCache can be set, with an array of its own shape")
+        self.ring_k = value
+
+    @property
+    def values(self) -> mx.array | None:
+        return self.ring_v
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        return _mask(n, self.offset, return_array, window_size)
+
+    # ------------------------------------------------------------ length
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forgets the last n tokens, or all there are; returns how many."""
+        n = left = min(n, self.offset)
+        gone = min(left, self.ring_length)
+        self.ring_length -= gone
+        left -= gone
+        gone = min(left, self.body_k.length)
+        self.body_k.length -= gone
+        self.body_v.length -= gone
+        left -= gone
+        if left and self.sink_k is not None and self.sink_v is not None:
+            keep = self.sink_k.shape[2] - left
+            self.sink_k = self.sink_k[:, :, :keep] if keep else None
+            self.sink_v = self.sink_v[:, :, :keep] if keep else None
+        return n
+
+    # ------------------------------------------------------------ bytes and files
+    def _arrays(self) -> list[mx.array | None]:
+        b_k, b_v = self.body_k, self.body_v
+        return [
+            self.sink_k, self.sink_v, self.ring_k, self.ring_v, b_k.planes, b_k.scale, b_v.planes, b_v.scale,
+        ]  # fmt: skip
+
+    @property
+    def elements(self) -> int:
+        """Numbers held, K and V together."""
+        if self.ring_k is None or self.ring_v is None:
+            return 0
+        b, h, _, d_k = self.ring_k.shape
+        return int(b * h * self.offset * (d_k + self.ring_v.shape[3]))
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte owned: sinks, ring and body with the room they have not used yet."""
+        return sum(int(a.nbytes) for a in self._arrays() if a is not None)
+
+    @property
+    def state(self) -> list[Any]:
+        """Arrays, then numbers and names: all of the cache, in the leaves mlx_lm can save."""
+        numbers = [FORMAT, self.sinks, self.ring, self.block, self.body_k.length, self.ring_length]
+        return [
+            *self._arrays(),
+            *numbers,
+            self.body_k.dim,
+            self.body_v.dim,
+            self.body_k.codec_name,
+            self.body_v.codec_name,
+        ]
+
+    @state.setter
+    def state(self, state: list[Any]) -> None:
+        if len(state) != 18 or int(state[8]) != FORMAT:
+            raise RotorError(f"this prompt cache was not written by cache format {FORMAT} of mlx_rotor")
+        _, sinks, ring, block, body, ring_length, dim_k, dim_v = map(int, state[8:16])
+        self.__init__(str(state[16]), str(state[17]), sinks, ring, block)  # type: ignore[misc]
+        self.sink_k, self.sink_v, self.ring_k, self.ring_v = state[:4]
+        for side, dim, planes, scale in ((self.body_k, dim_k, *state[4:6]), (self.body_v, dim_v, *state[6:8])):
+            side.dim, side.length, side.planes, side.scale = dim, body, planes, scale
+        self.ring_length = ring_length
+
+    @property
+    def meta_state(self) -> str:
+        return ""
+
+    @classmethod
+    def from_state(cls, state: list[Any], meta_state: Any = None) -> RotorCache:
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache

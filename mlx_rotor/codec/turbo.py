@@ -1,0 +1,15 @@
+"""turbo2, turbo3, turbo4: a two-sign Hadamard rotation and Lloyd–Max levels. b + 16/d bits an element."""
+
+from __future__ import annotations
+
+from .base import Codec, ScalarCodec
+from .rotation import hadamard
+
+SEED = 42
+
+
+def _make(bits: int, dim: int) -> Codec:
+    return ScalarCodec(f"turbo{bits}", bits, dim, hadamard(dim, SEED))
+
+
+CODECS = {f"turbo{bits}": (lambda dim, bits=bits: _make(bits, dim)) for bits in (2, 3, 4)}

@@ -1,0 +1,28 @@
+"""What every command shares: how it starts, fails and stops. No flags, no logic."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import RotorError
+
+
+def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's `main(argv)` and returns its exit status.
+
+    A `RotorError` becomes one line on stderr and status 1, Ctrl-C status 130 without a traceback, a closed
+    stdout (`| head`) status 141. Anything else is a defect and keeps its traceback.
+    """
+    try:
+        return main(argv) or 0
+    except RotorError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,158 @@
+"""`python -m mlx_rotor.generate`: mlx_lm.generate's flags and defaults, through a compressed KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .command import run
+from .errors import RotorError
+
+
+def _parser() -> argparse.ArgumentParser:
+    # `import mlx_lm.generate` would give the function of that name, not the module.
+    parser = importlib.import_module("mlx_lm.generate").setup_arg_parser()
+    parser.prog = "mlx_rotor generate"
+    parser.description = "Generate text with a compressed KV cache. All flags of mlx_lm.generate, and --kv."
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
+    from .cache import DEFAULT
+
+    kv = parser.add_argument_group("compressed KV cache")
+    kv.add_argument("--kv", metavar="SCHEME", help=f"turbo2 … turbo4, turbo4v2, k=…,v=…, or exact (default: {DEFAULT})")
+    kv.add_argument("--cache-type-k", metavar="CODEC", help="the codec of K, as llama.cpp spells it; f16 is exact")
+    kv.add_argument("--cache-type-v", metavar="CODEC", help="the codec of V")
+    kv.add_argument("--kv-sinks", type=int, metavar="N", help="first tokens kept exact (default: 4)")
+    kv.add_argument("--kv-ring", type=int, metavar="N", help="recent tokens kept exact (default: 128)")
+    kv.add_argument("--kv-protect-layers", type=int, metavar="N", help="end layers one codec step up (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
+
+
+def _scheme(args: argparse.Namespace) -> Any:
+    """The scheme asked for, or None for exact KV."""
+    from .cache import DEFAULT, EXACT, parse
+
+    text, k, v = args.kv, args.cache_type_k, args.cache_type_v
+    if k or v:
+        if text:
+            raise RotorError("--kv and --cache-type-k/--cache-type-v say the same thing: use one of them")
+        if not (k and v):
+            raise RotorError("give both --cache-type-k and --cache-type-v")
+        text = EXACT if k == v == "f16" else f"k={k},v={v}"
+    asked = text is not None or any(x is not None for x in (args.kv_sinks, args.kv_ring, args.kv_protect_layers))
+    for flag, given in (("--kv-bits", args.kv_bits), ("--max-kv-size", args.max_kv_size)):
+        if given is not None:
+            if asked and text != EXACT:
+                raise RotorError(
+                    f"{flag} is mlx_lm's own cache and can't be combined with a compressed one; drop either"
+                )
+            return None
+    return parse(text or DEFAULT, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.max_tokens == 0:
+        raise RotorError("--max-tokens must not be 0 (-1 is no limit)")
+    if args.kv_bits is not None and args.draft_model:
+        raise RotorError("--kv-bits can't be measured with --draft-model; use --kv, or mlx_lm.generate")
+    scheme = _scheme(args)
+
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from . import attach, load, make_prompt_cache
+    from .host import prompting
+    from .host.attachment import stock_cache
+    from .host.generation import Stats, stream
+    from .host.prompt_files import load_prompt_cache
+    from .host.report import describe
+
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    caches: list[Any] | None = None
+    metadata: dict[str, Any] = {}
+    if args.prompt_cache_file:
+        caches, metadata = load_prompt_cache(args.prompt_cache_file, scheme)
+        if args.model not in (None, metadata.get("model")):
+            raise RotorError(f"{args.prompt_cache_file} was made with {metadata.get('model')}, not {args.model}")
+    tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}")) | {
+        "trust_remote_code": args.trust_remote_code
+    }
+    model, tokenizer, config = load(
+        args.model or metadata.get("model"),
+        adapter_path=args.adapter_path,
+        tokenizer_config=tokenizer_config,
+        model_config={"quantize_activations": args.quantize_activations},
+        trust_remote_code=args.trust_remote_code,
+        return_config=True,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    draft = load(args.draft_model)[0] if args.draft_model else None
+    text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    text = sys.stdin.read() if text == "-" else text
+    rendered = tokenizer.has_chat_template and not args.ignore_chat_template
+    if rendered:
+        text = prompting.render(
+            tokenizer,
+            text,
+            system=args.system_prompt,
+            prefill=args.prefill_response,
+            template_config=args.chat_template_config,
+            after_cache=caches is not None,
+        )
+    if args.image:
+        prompt = prompting.encode_with_images(model, config, tokenizer, text, args.image, rendered=rendered)
+    else:
+        prompt = prompting.encode(tokenizer, text, rendered=rendered)
+    if scheme:
+        attach(model, scheme)
+    if caches is None:
+        caches = make_prompt_cache(model, scheme) if scheme else stock_cache(model, args.max_kv_size)
+    draft_caches = stock_cache(draft) if draft is not None else []
+    talk = args.verbose and not args.json
+    stats = Stats(scheme.name if scheme else "exact", caches)
+    if talk:
+        print(f"KV cache {stats.kv_scheme}: {describe(caches)}\n{'=' * 10}", flush=True)
+    options: dict[str, Any] = {
+        "max_tokens": args.max_tokens,
+        "sampler": make_sampler(
+            args.temp,
+            args.top_p,
+            args.min_p,
+            args.min_tokens_to_keep,
+            top_k=args.top_k,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+        ),
+        "prefill_step_size": args.prefill_step_size,
+        # mlx_lm replaces entries of this very list when --kv-bits begins.
+        "prompt_cache": caches if draft is None else caches + draft_caches,
+    }
+    if draft is not None:
+        options |= {"draft_model": draft, "num_draft_tokens": args.num_draft_tokens}
+    if args.kv_bits is not None:
+        options |= {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size}
+        options |= {"quantized_kv_start": args.quantized_kv_start}
+    for text in stream(model, tokenizer, prompt, stats, progress=talk, **options):
+        if not args.json:
+            print(text, end="", flush=True)
+    if args.json:
+        print(json.dumps(stats.to_dict()))
+    elif talk:
+        print(f"\n{'=' * 10}\n{stats.summary()}")
+    else:
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

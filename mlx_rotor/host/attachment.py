@@ -1,0 +1,142 @@
+"""Putting compressed caches under a stock mlx_lm model, taking them off again, and proving that they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as stock
+
+from ..cache import DEFAULT, RotorCache, Scheme, parse
+from ..errors import RotorError
+from . import attention, versions
+
+
+def register() -> None:
+    """Prompt-cache files name cache classes; mlx_lm looks them up in its own module."""
+    setattr(stock, "RotorCache", RotorCache)  # noqa: B010
+
+
+def stock_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
+    """The cache list mlx_lm itself would make for `model`, whatever is attached."""
+    hook = model.__dict__.pop("make_cache", None) if "make_cache" in getattr(model, "__dict__", {}) else None
+    try:
+        return list(stock.make_prompt_cache(model, max_kv_size))
+    finally:
+        if hook is not None:
+            model.__dict__["make_cache"] = hook
+
+
+def _scheme(kv: str | Scheme | None, sinks: int | None, ring: int | None, protect_layers: int | None) -> Scheme | None:
+    scheme = parse(kv) if isinstance(kv, str) else kv
+    return scheme and scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)
+
+
+def compress(caches: list[Any], scheme: Scheme) -> list[Any]:
+    """`caches` with every plain KVCache replaced by a compressed one that holds its tokens; others stay.
+
+    Raises:
+        RotorError: if there is no plain KVCache among them.
+    """
+    plain = [i for i, c in enumerate(caches) if type(c) is stock.KVCache]
+    if not plain:
+        kinds = sorted({type(c).__name__ for c in caches}) or ["none"]
+        raise RotorError(
+            f"this model has nothing to compress: its layers use {', '.join(kinds)}, and {scheme.name} takes plain "
+            "KVCache layers; run it with --kv exact"
+        )
+    out = list(caches)
+    for nth, i in enumerate(plain):
+        k, v = scheme.codecs(nth, len(plain))
+        out[i] = RotorCache(k, v, scheme.sinks, scheme.ring, scheme.block)
+        if not caches[i].empty():
+            out[i].append(*caches[i].keys_and_values())
+    return out
+
+
+def make_prompt_cache(
+    model: Any,
+    kv: str | Scheme | None = DEFAULT,
+    *,
+    sinks: int | None = None,
+    ring: int | None = None,
+    protect_layers: int | None = None,
+) -> list[Any]:
+    """A prompt cache for `model`, for `prompt_cache=` of mlx_lm's generate functions or `cache=` of the model.
+
+    Args:
+        kv: a scheme or its text, `exact` (or None) for mlx_lm's own cache.
+        sinks, ring, protect_layers: what stays exact or a step wider; None keeps the scheme's.
+
+    Raises:
+        RotorError: unknown scheme, unsupported mlx_lm, or a model with nothing to compress.
+    """
+    versions.check()
+    scheme = _scheme(kv, sinks, ring, protect_layers)
+    caches = stock_cache(model)
+    if scheme is None:
+        return caches
+    attention.install()
+    register()
+    return compress(caches, scheme)
+
+
+def attach(
+    model: Any,
+    kv: str | Scheme = DEFAULT,
+    *,
+    sinks: int | None = None,
+    ring: int | None = None,
+    protect_layers: int | None = None,
+    check: bool = True,
+) -> Any:
+    """Makes every cache mlx_lm creates for `model` a compressed one, until `detach`. Returns the model.
+
+    Generation, chat, server and speculative decoding of mlx_lm all ask the model for its cache. With `check`, one
+    short run proves that each compressed layer really runs compressed.
+
+    Raises:
+        RotorError: see `make_prompt_cache` and `verify`.
+    """
+    scheme = _scheme(kv, sinks, ring, protect_layers)
+    if scheme is None:
+        return detach(model)
+    make_prompt_cache(model, scheme)
+    if check:
+        verify(model, scheme)
+    # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.
+    object.__setattr__(model, "make_cache", lambda: make_prompt_cache(model, scheme))
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Gives `model` back the cache it was made with. Returns the model."""
+    if "make_cache" in getattr(model, "__dict__", {}):
+        object.__delattr__(model, "make_cache")
+    return model
+
+
+def verify(model: Any, kv: str | Scheme = DEFAULT) -> list[Any]:
+    """Runs two tokens through `model` with nothing kept exact, and returns the caches.
+
+    Raises:
+        RotorError: naming each layer that was to be compressed and packed nothing or attended to expanded arrays, or
+            a head dimension the codec can't take.
+    """
+    scheme = parse(kv) if isinstance(kv, str) else kv
+    if scheme is None:
+        raise RotorError("exact KV compresses nothing: there is nothing to verify")
+    caches = make_prompt_cache(model, scheme, sinks=0, ring=0)
+    for token in (0, 1):
+        mx.eval(model(mx.array([[token]]), cache=caches))
+    layers = {i: c for i, c in enumerate(caches) if isinstance(c, RotorCache)}
+    idle = [i for i, c in layers.items() if c.body_k.length == 0]
+    slow = [i for i, c in layers.items() if i not in idle and c.counts.fallback]
+    if idle or slow:
+        parts = [f"layers {idle} stored nothing in their cache"] if idle else []
+        parts += [f"layers {slow} attended to expanded keys and values"] if slow else []
+        raise RotorError(
+            f"{scheme.name} does not run compressed on this model ({type(model).__module__}): {'; '.join(parts)}; "
+            "run it with --kv exact"
+        )
+    return caches

@@ -1,0 +1,109 @@
+"""One generation through mlx_lm's own loop, with what it held and how fast it went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+from tqdm import tqdm
+
+from ..errors import RotorError
+from . import report
+from .prompting import Prompt
+
+# A prompt of fewer tokens is through before a bar could be read.
+PROGRESS_FROM = 512
+
+
+@dataclass
+class Stats:
+    """A run's figures; speeds in tokens a second, memory in GB (1e9 bytes), caches in bytes."""
+
+    kv_scheme: str
+    caches: Sequence[Any]
+    text: str = ""
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prompt_tps: float = 0.0
+    generation_tps: float = 0.0
+    peak_memory_gb: float = 0.0
+    finish_reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = report.layers(self.caches)
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+            "prompt_tps": round(self.prompt_tps, 3),
+            "generation_tps": round(self.generation_tps, 3),
+            "peak_memory_gb": round(self.peak_memory_gb, 4),
+            "finish_reason": self.finish_reason,
+            "kv_scheme": self.kv_scheme,
+            "kv_bytes": report.kv_bytes(self.caches),
+            "kv_bytes_fp16": report.kv_bytes_fp16(self.caches),
+            "layers_compressed": len(layers.compressed),
+            "layers_total": layers.total,
+            "layers_fallen_back": layers.fallen_back,
+            "fused_calls": layers.fused_calls,
+            "fallback_calls": layers.fallback_calls,
+        }
+
+    def summary(self) -> str:
+        """The lines a person reads after a run."""
+        d, layers = self.to_dict(), report.layers(self.caches)
+        held, fp16 = d["kv_bytes"], d["kv_bytes_fp16"]
+        lines = [
+            f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec",
+            f"Generation: {self.generation_tokens} tokens, {self.generation_tps:.3f} tokens-per-sec",
+            f"Peak memory: {self.peak_memory_gb:.3f} GB",
+            f"KV cache ({self.kv_scheme}): {held / 1e6:.3f} MB held; the same tokens in fp16: {fp16 / 1e6:.3f} MB"
+            + (f" ({fp16 / held:.2f}x)" if held else ""),
+            f"Layers: {len(layers.compressed)} of {layers.total} compressed, {len(layers.exact)} left alone, "
+            f"{len(layers.fallen_back)} fallen back; attention calls: {layers.fused_calls} on packed tokens, "
+            f"{layers.fallback_calls} on expanded ones",
+        ]
+        packed = report.packed_tokens(self.caches)
+        if layers.compressed and not packed:
+            lines.append("No token was packed: all are among the first and the recent ones, which stay exact")
+        if layers.fallen_back:
+            lines.append(f"Warning: layers {report.spans(layers.fallen_back)} attended to expanded keys and values")
+        return "\n".join(lines)
+
+
+def stream(
+    model: Any, tokenizer: Any, prompt: Prompt, stats: Stats, *, progress: bool = False, **options: Any
+) -> Iterator[str]:
+    """Yields text as it comes and fills `stats`. `options` go to `mlx_lm.stream_generate`.
+
+    Raises:
+        RotorError: mlx_lm refuses the options.
+    """
+    bar = None
+    if progress and len(prompt.tokens) >= PROGRESS_FROM and "draft_model" not in options:
+        bar = tqdm(total=len(prompt.tokens), unit="tok", desc="prompt", leave=False)
+
+        def report_progress(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+            if done >= total:
+                bar.close()
+
+        options["prompt_progress_callback"] = report_progress
+    if prompt.embeddings is not None:
+        options["input_embeddings"] = prompt.embeddings
+    mx.reset_peak_memory()
+    try:
+        for r in stream_generate(model, tokenizer, mx.array(prompt.tokens), **options):
+            stats.text += r.text
+            stats.prompt_tokens, stats.prompt_tps = r.prompt_tokens, r.prompt_tps
+            stats.generation_tokens, stats.generation_tps = r.generation_tokens, r.generation_tps
+            stats.peak_memory_gb, stats.finish_reason = r.peak_memory, r.finish_reason
+            yield r.text
+    except (ValueError, NotImplementedError) as e:
+        raise RotorError(str(e)) from e
+    finally:
+        if bar is not None:
+            bar.close()

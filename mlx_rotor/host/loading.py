@@ -1,0 +1,46 @@
+"""Loading a model: mlx_lm's loader, the bundled model as default, and a dtype the backend can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load as stock_load
+
+from ..demo import MODEL
+from ..errors import RotorError
+from . import versions
+
+
+def run_dtype(model: Any) -> None:
+    """On a CPU backend, casts a model in place to float32: MLX's CPU gathers no 16-bit experts and multiplies 16-bit
+    quantized weights many times slower. Scales are cast, codes are not; no value changes."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return
+    parameters: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    if any(a.dtype in (mx.bfloat16, mx.float16) for _, a in parameters):
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+
+
+def load(path: str | Path | None = None, **kwargs: Any) -> tuple[Any, ...]:
+    """(model, tokenizer), as `mlx_lm.load`, whose keyword arguments it takes. None loads the bundled model.
+
+    Raises:
+        RotorError: no model there, or one mlx_lm can't read; the cause is named.
+    """
+    versions.check()
+    target = MODEL if path is None else path
+    folder = Path(target).expanduser()
+    if not folder.exists() and (Path(str(target)).is_absolute() or str(target).startswith((".", "~"))):
+        raise RotorError(f"no model at {target}: the folder does not exist")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise RotorError(f"no model at {target}: the folder has no config.json")
+    try:
+        loaded = stock_load(str(folder if folder.is_dir() else target), **kwargs)
+    except (FileNotFoundError, ValueError, RuntimeError, OSError, KeyError) as e:
+        raise RotorError(f"can't load {target}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    run_dtype(loaded[0])
+    return loaded

@@ -1,0 +1,195 @@
+"""The cache against what went in: a lossless codec must give every token back, however it arrived."""
+
+import copy
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models import cache as stock
+
+from mlx_rotor import RotorError, codec
+from mlx_rotor.cache import RotorCache
+from mlx_rotor.cache.view import KVView, paired
+from mlx_rotor.host.attachment import register
+
+B, H, D = 2, 3, 64
+
+
+def tokens(n, seed=0, d=D):
+    rng = np.random.default_rng(seed)
+    return tuple(mx.array(rng.standard_normal((B, H, n, d)).astype(np.float32)) for _ in range(2))
+
+
+def feed(cache, k, v, chunks):
+    at, views = 0, None
+    for n in chunks:
+        views = cache.update_and_fetch(k[:, :, at : at + n], v[:, :, at : at + n])
+        at += n
+    return views
+
+
+CHUNKS = [
+    [300],
+    [1] * 90,
+    [3, 1, 100, 1, 1, 60, 5, 5, 200],
+    [2, 1, 1, 1, 32, 8, 1, 31, 33],
+    [64, 1, 64, 1, 64],
+    [4],
+    [5],
+]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize(("sinks", "ring", "block"), [(4, 128, 32), (4, 16, 4), (0, 0, 1), (0, 8, 2), (7, 0, 1)])
+def test_every_token_comes_back(chunks, sinks, ring, block):
+    total = sum(chunks)
+    k, v = tokens(total)
+    cache = RotorCache("raw32", "raw32", sinks, ring, block)
+    got_k, got_v = feed(cache, k, v, chunks)
+    assert cache.offset == total == cache.size()
+    assert mx.array_equal(got_k, k) and mx.array_equal(got_v, v)
+    again_k, again_v = cache.keys_and_values()
+    assert mx.array_equal(again_k, k) and mx.array_equal(again_v, v)
+    assert cache.ring_length <= ring + block
+    assert cache.body_k.length >= total - sinks - ring - block
+
+
+def test_exact_parts_are_bit_exact_and_the_body_is_the_codecs():
+    k, v = tokens(400, d=128)
+    cache = RotorCache("turbo4", "turbo2")
+    feed(cache, k, v, [400])
+    got_k, got_v = cache.keys_and_values()
+    for got, x, name in ((got_k, k, "turbo4"), (got_v, v, "turbo2")):
+        c = codec.get(name, 128)
+        assert mx.array_equal(got[:, :, :4], x[:, :, :4])
+        assert mx.array_equal(got[:, :, -128:], x[:, :, -128:])
+        assert mx.allclose(got[:, :, 4:-128], c.decode(c.encode(x[:, :, 4:-128])), atol=1e-5)
+
+
+def test_a_chunk_sees_itself_exact():
+    k, v = tokens(400, d=128)
+    got_k, _ = RotorCache("turbo2", "turbo2").update_and_fetch(k, v)
+    assert mx.array_equal(got_k, k)
+
+
+def test_nbytes_is_every_byte_to_the_byte():
+    k, v = tokens(1000, d=128)
+    cache = RotorCache("turbo4", "turbo2")
+    assert cache.nbytes == 0
+    feed(cache, k, v, [1000])
+    body = 1000 - 4 - 128
+    held = body + body // 8
+    room = -(-held // 256) * 256
+    per_token = B * H * 128 * (codec.get("turbo4", 128).bits + codec.get("turbo2", 128).bits) / 8
+    exact = B * H * 128 * 4 * 2 * (4 + 128)
+    assert cache.nbytes == exact + room * per_token
+    assert cache.elements == 2 * B * H * 128 * 1000
+
+
+def test_no_exact_copy_of_the_body_outlives_prefill():
+    k, v = (mx.contiguous(x) for x in tokens(4000, d=128))
+    mx.eval(k, v)
+    cache = RotorCache("turbo4", "turbo2")
+    before = mx.get_active_memory()
+    mx.eval(cache.update_and_fetch(k, v), cache.state[:8])
+    del k, v
+    mx.clear_cache()
+    assert mx.get_active_memory() - before <= cache.nbytes
+
+
+@pytest.mark.parametrize("n", [1, 30, 140, 250, 299, 300, 999])
+def test_trim_forgets_the_last(n):
+    k, v = tokens(400)
+    cache = RotorCache("raw32", "raw32", 4, 64, 16)
+    feed(cache, k[:, :, :300], v[:, :, :300], [250] + [1] * 50)
+    assert cache.is_trimmable() and cache.trim(n) == min(n, 300)
+    keep = 300 - min(n, 300)
+    assert cache.offset == keep
+    more = (k[:, :, 300:], v[:, :, 300:])
+    got_k, got_v = feed(cache, *more, [60, 1, 39])
+    assert mx.array_equal(got_k, mx.concatenate([k[:, :, :keep], more[0]], 2))
+    assert mx.array_equal(got_v, mx.concatenate([v[:, :, :keep], more[1]], 2))
+
+
+def test_deepcopy_is_independent():
+    k, v = tokens(300)
+    cache = RotorCache("raw32", "raw32", 4, 64, 16)
+    feed(cache, k[:, :, :200], v[:, :, :200], [200])
+    other = copy.deepcopy(cache)
+    feed(cache, k[:, :, 200:], v[:, :, 200:], [1] * 100)
+    assert other.offset == 200
+    assert mx.array_equal(other.keys_and_values()[0], k[:, :, :200])
+    assert mx.array_equal(cache.keys_and_values()[0], k)
+
+
+def test_saves_and_loads_as_mlx_lm_does(tmp_path):
+    register()
+    k, v = tokens(300, d=128)
+    full, empty = RotorCache("turbo4", "turbo3", 2, 32, 8), RotorCache("turbo4", "turbo3")
+    feed(full, k, v, [250] + [1] * 50)
+    stock.save_prompt_cache(str(tmp_path / "p.safetensors"), [full, empty], {"model": "m"})
+    loaded, metadata = stock.load_prompt_cache(str(tmp_path / "p.safetensors"), return_metadata=True)
+    assert metadata == {"model": "m"} and loaded[1].offset == 0 and loaded[0].offset == 300
+    assert loaded[0].nbytes == full.nbytes
+    more = tokens(1, 5, 128)
+    for a, b in zip(loaded[0].update_and_fetch(*more), full.update_and_fetch(*more), strict=True):
+        assert mx.array_equal(a, b)
+
+
+def test_a_foreign_state_is_refused():
+    with pytest.raises(RotorError, match="format"):
+        RotorCache.from_state([mx.zeros((1,))])
+
+
+def test_runs_on_another_thread():
+    k, v = tokens(300, d=128)
+    cache, error = RotorCache("turbo3", "turbo3"), []
+
+    def work():
+        try:
+            mx.eval(feed(cache, k, v, [250] + [1] * 50), cache.state[:8])
+        except Exception as e:
+            error.append(e)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not error and cache.offset == 300
+
+
+def test_masks_are_the_stock_cachess():
+    ours, theirs = RotorCache("raw32", "raw32"), stock.KVCache()
+    k, v = tokens(20)
+    for n in (1, 5):
+        for arguments in ({}, {"return_array": True}, {"window_size": 7}):
+            a = ours.make_mask(n, **{"return_array": False, "window_size": None} | arguments)
+            b = theirs.make_mask(n, **{"return_array": False, "window_size": None} | arguments)
+            assert type(a) is type(b) and (a == b if not isinstance(a, mx.array) else mx.array_equal(a, b))
+        ours.update_and_fetch(k, v)
+        theirs.update_and_fetch(k, v)
+
+
+def test_keys_can_be_set_to_themselves_behind_a_dependency():
+    cache = RotorCache("raw32", "raw32")
+    k, v = tokens(10)
+    cache.update_and_fetch(k, v)
+    cache.keys = mx.depends(cache.keys, mx.ones(1))
+    assert mx.array_equal(cache.keys_and_values()[0], k)
+    with pytest.raises(RotorError, match="ring"):
+        cache.keys = mx.zeros((1,))
+
+
+def test_views_pair_only_with_their_own_other_half():
+    cache = RotorCache("raw32", "raw32")
+    k, v = cache.update_and_fetch(*tokens(10))
+    assert type(k) is KVView and paired(k, v) is k.rotor
+    assert paired(v, k) is None and paired(k, k) is None and paired(k, k + 0) is None
+    other_k, _ = RotorCache("raw32", "raw32").update_and_fetch(*tokens(10))
+    assert paired(other_k, v) is None
+
+
+def test_mlx_lm_hooks_it_must_not_have():
+    cache = RotorCache("turbo4", "turbo4")
+    # `bits` would route attention to mlx_lm's affine path, `to_quantized` would convert it, `__len__` make it falsy.
+    assert not any(hasattr(cache, name) for name in ("bits", "to_quantized", "__len__", "__bool__"))

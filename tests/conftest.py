@@ -1,0 +1,53 @@
+"""Shared by the suite: a lossless codec, the bundled model loaded once."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_rotor import codec
+
+
+class Lossless:
+    """Stores float32 bit patterns, in a basis with all signs flipped: every path of a codec, no error."""
+
+    name, index_bits = "raw32", 32
+
+    def __init__(self, dim):
+        self.dim, self.bits = dim, 32 + 16 / dim
+
+    def encode(self, x):
+        planes = mx.view(mx.contiguous(-x.astype(mx.float32)), mx.uint32)
+        return codec.Packed(planes.reshape(*x.shape[:-1], 32, x.shape[-1] // 32), mx.ones(x.shape[:-1], mx.float16))
+
+    def decode_rotated(self, packed):
+        planes = mx.contiguous(packed.planes)
+        return mx.view(planes.reshape(*planes.shape[:-2], self.dim), mx.float32)
+
+    def decode(self, packed):
+        return -self.decode_rotated(packed)
+
+    def rotate(self, x):
+        return -x
+
+    def unrotate(self, y):
+        return -y
+
+
+codec.register("raw32", Lossless)
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """(model, tokenizer) of the bundled model, float32, nothing attached."""
+    import mlx_rotor
+
+    return mlx_rotor.load()
+
+
+@pytest.fixture(autouse=True)
+def stock_attention():
+    """Every test starts and ends with MLX's own attention function in place."""
+    from mlx_rotor.host import attention
+
+    attention.uninstall()
+    yield
+    attention.uninstall()

@@ -1,0 +1,171 @@
+"""The generate command as a user types it, on the bundled model."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from mlx_lm.models import cache as stock
+
+import mlx_rotor
+from mlx_rotor import command
+from mlx_rotor.demo import MODEL
+
+generate = importlib.import_module("mlx_rotor.generate")
+KEYS = {
+    "text", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory_gb", "kv_scheme",
+    "kv_bytes", "kv_bytes_fp16", "layers_compressed", "layers_total", "fused_calls", "fallback_calls",
+}  # fmt: skip
+LONG = "import os\n" * 100
+
+
+@pytest.fixture
+def one_load(bundled, monkeypatch):
+    """The bundled model, loaded once for the module; a fresh one is loaded where a test names another."""
+    monkeypatch.setattr(mlx_rotor.host, "load", lambda *a, **k: (*bundled, {}) if k.get("return_config") else bundled)
+    yield
+    mlx_rotor.detach(bundled[0])
+
+
+def call(*argv):
+    return command.run(generate.main, [str(a) for a in argv])
+
+
+def as_json(capsys, *argv):
+    capsys.readouterr()
+    assert call(*argv, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_flags_and_defaults_are_mlx_lms():
+    theirs = importlib.import_module("mlx_lm.generate").setup_arg_parser().parse_args([])
+    ours = vars(generate._parser().parse_args([]))
+    assert {k: ours[k] for k in vars(theirs)} == vars(theirs)
+
+
+def test_json_has_every_figure(one_load, capsys):
+    got = as_json(capsys, "--ignore-chat-template", "-p", LONG, "-m", 12, "--kv", "turbo4v2")
+    assert got.keys() >= KEYS
+    assert got["kv_scheme"] == "turbo4v2" and got["layers_compressed"] == got["layers_total"] == 8
+    assert got["generation_tokens"] == 12 and got["prompt_tokens"] > 200
+    # mlx_lm runs one step ahead of the tokens it yields.
+    assert got["fused_calls"] == 8 * (2 + 12) and got["fallback_calls"] == 0
+    tokens = got["prompt_tokens"] + 12
+    assert got["kv_bytes_fp16"] in [8 * 2 * 2 * 128 * 2 * n for n in (tokens - 1, tokens)]
+    assert 0 < got["kv_bytes"] < 2 * got["kv_bytes_fp16"]
+
+
+def test_exact_is_stock(one_load, capsys, bundled):
+    model, tokenizer = bundled
+    got = as_json(capsys, "--ignore-chat-template", "-p", LONG, "-m", 12, "--kv", "exact")
+    prompt = tokenizer.encode(LONG)
+    assert got["text"] == importlib.import_module("mlx_lm").generate(model, tokenizer, prompt, max_tokens=12)
+    assert got["kv_scheme"] == "exact" and got["layers_compressed"] == 0 and got["fused_calls"] == 0
+
+
+def test_people_read_what_was_saved(one_load, capsys):
+    assert call("-m", 4) == 0
+    out = capsys.readouterr().out
+    for part in ("K turbo4", "tokens-per-sec", "MB held", "8 of 8 compressed", "0 fallen back", "No token was packed"):
+        assert part in out, part
+
+
+def test_quiet_prints_the_text_alone(one_load, capsys):
+    text = as_json(capsys, "-m", 6)["text"]
+    assert call("-m", 6, "--verbose", "false") == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_cache_types_mean_the_scheme(one_load, capsys):
+    got = as_json(capsys, "-m", 1, "--cache-type-k", "turbo4", "--cache-type-v", "turbo3")
+    assert got["kv_scheme"] == "turbo4v3"
+    assert as_json(capsys, "-m", 1, "--cache-type-k", "f16", "--cache-type-v", "f16")["kv_scheme"] == "exact"
+
+
+def test_exact_parts_can_be_turned_off(one_load, capsys):
+    flags = ("--kv-sinks", 0, "--kv-ring", 0, "--kv-protect-layers", 0)
+    kept = as_json(capsys, "--ignore-chat-template", "-p", LONG, "-m", 2)
+    off = as_json(capsys, "--ignore-chat-template", "-p", LONG, "-m", 2, *flags)
+    assert off["kv_bytes"] < kept["kv_bytes_fp16"] / 2 < kept["kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheme"),
+    [(("--kv-bits", 8, "--quantized-kv-start", 0), "exact"), (("--max-kv-size", 64), "exact")],
+)
+def test_mlx_lms_own_caches_keep_their_meaning(one_load, capsys, flags, scheme):
+    got = as_json(capsys, "-m", 8, *flags)
+    assert got["kv_scheme"] == scheme and got["layers_compressed"] == 0
+    assert got["kv_bytes_fp16"] == 8 * 2 * 2 * 128 * 2 * (got["prompt_tokens"] + got["generation_tokens"])
+
+
+def test_a_draft_model_changes_no_token(one_load, capsys):
+    prompt = ("--ignore-chat-template", "-p", LONG, "-m", 12, "--kv", "turbo4")
+    plain = as_json(capsys, *prompt)
+    drafted = as_json(capsys, *prompt, "--draft-model", MODEL)
+    assert drafted["text"] == plain["text"] and drafted["layers_total"] == 8
+
+
+def test_prompt_cache_files(one_load, capsys, bundled, tmp_path):
+    model, _ = bundled
+    plain = stock.make_prompt_cache(model)
+    prefix = bundled[1].encode(LONG)
+    import mlx.core as mx
+
+    mx.eval(model(mx.array([prefix]), cache=plain))
+    metadata = {"model": str(MODEL), "tokenizer_config": "{}"}
+    stock.save_prompt_cache(str(tmp_path / "plain.safetensors"), plain, metadata)
+    got = as_json(capsys, "--prompt-cache-file", tmp_path / "plain.safetensors", "-m", 4, "--ignore-chat-template")
+    assert got["layers_compressed"] == 8 and got["kv_bytes_fp16"] > 8 * 2 * 2 * 128 * 2 * len(prefix)
+
+    packed = mlx_rotor.make_prompt_cache(model, "turbo4")
+    mx.eval(model(mx.array([prefix]), cache=packed))
+    stock.save_prompt_cache(str(tmp_path / "packed.safetensors"), packed, metadata)
+    flags = ("--prompt-cache-file", tmp_path / "packed.safetensors", "-m", 4, "--ignore-chat-template")
+    assert as_json(capsys, *flags, "--kv", "turbo4")["layers_compressed"] == 8
+    for kv, says in (("turbo3", "wants K turbo"), ("exact", "compressed")):
+        assert call(*flags, "--kv", kv) == 1 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--kv", "nope"], "turbo4v2"),
+        (["--kv", "turbo2v4"], "fewer bits"),
+        (["--kv", "turbo4", "--kv-bits", "8"], "--kv-bits"),
+        (["--kv", "turbo4", "--max-kv-size", "64"], "--max-kv-size"),
+        (["--kv-ring", "64", "--kv-bits", "8"], "--kv-bits"),
+        (["--kv", "turbo4", "--cache-type-k", "turbo4"], "one of them"),
+        (["--cache-type-k", "turbo4"], "both"),
+        (["--kv-ring", "-3"], "ring"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--model", "/no/such/folder"], "does not exist"),
+        (["--chat-template-config", "{"], "JSON"),
+        (["--ignore-chat-template", "-p", ""], "empty"),
+        (["--prompt-cache-file", "/no/such.safetensors"], "prompt cache"),
+    ],
+)
+def test_mistakes_are_one_line(argv, says, capsys):
+    assert call(*argv) == 1
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("error: ") and says in err and "\n" not in err
+
+
+def test_an_empty_folder_is_no_model(tmp_path, capsys):
+    assert call("--model", tmp_path) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_no_traceback():
+    argv = [sys.executable, "-m", "mlx_rotor.generate", "--ignore-chat-template", "-p", LONG, "-m", "4000"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    assert process.stdout.readline().startswith(b"KV cache")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err and b"interrupted" in err
