@@ -1,0 +1,200 @@
+"""Safetensors files by hand: headers alone, ranged reads, and files whose header is known before their contents.
+
+Format: little-endian u64 header length, JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes
+without gaps (https://github.com/huggingface/safetensors). mx.load and the safetensors package read whole tensors
+and write from memory; a job that never holds more than one expert needs pieces of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import RotorError
+
+ITEMSIZE = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+MAX_HEADER = 100_000_000  # the limit of the reference implementation
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` is its first byte's offset in `path`."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of the tensor; RotorError if the file ends before them or can't be read."""
+        stop = self.nbytes if stop is None else stop
+        parts: list[bytes] = []
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+            try:
+                while start < stop:
+                    # One call reads at most 2 GiB on Linux and fails outright above that on macOS.
+                    part = os.pread(fd, min(stop - start, 1 << 30), self.start + start)
+                    if not part:
+                        raise RotorError(f"{self.path}: file ends inside {self.name}; download it again")
+                    parts.append(part)
+                    start += len(part)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            raise RotorError(f"{self.path}: {e.strerror}") from e
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file, by name, its place checked against the file's length.
+
+    Raises:
+        RotorError: truncated file, a header that isn't one, tensors that overlap, leave gaps or don't fit their shape.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > MAX_HEADER:
+                raise RotorError(f"{path}: not a safetensors file")
+            if 8 + length > size:
+                raise RotorError(f"{path}: truncated inside its header ({size:,} bytes); download it again")
+            text = file.read(length)
+    except OSError as e:
+        raise RotorError(f"{path}: {e.strerror}") from e
+    try:
+        table = json.loads(text)
+        items = [(str(name), item) for name, item in table.items() if name != "__metadata__"]
+        found = {name: _info(name, item, path, 8 + length) for name, item in items}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise RotorError(f"{path}: damaged safetensors header ({e})") from e
+    end = 8 + length
+    for info in sorted(found.values(), key=lambda info: (info.start, info.nbytes)):
+        if info.start != end:
+            raise RotorError(f"{path}: damaged safetensors header ({info.name} overlaps a tensor or leaves a gap)")
+        end += info.nbytes
+    if end > size:
+        raise RotorError(f"{path}: truncated, {size:,} bytes of {end:,}; download it again")
+    if end < size:
+        raise RotorError(f"{path}: {size - end:,} bytes after the last tensor; download it again")
+    return found
+
+
+def _info(name: str, item: Any, path: Path, base: int) -> TensorInfo:
+    dtype, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"{name} has dtype {dtype}, which is not supported")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{name} has no sensible shape and offsets")
+    info = TensorInfo(name, path, dtype, shape, base + start)
+    if stop - start != info.nbytes:
+        raise ValueError(f"{name} takes {stop - start} bytes, its shape needs {info.nbytes}")
+    return info
+
+
+class Sized(Protocol):
+    """What the writer must know of a tensor before it is there."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def header_bytes(tensors: Iterable[Sized]) -> bytes:
+    """Length field and header of a file that holds `tensors` in this order, padded to 8 bytes."""
+    table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for tensor in tensors:
+        span = [end, end + tensor.nbytes]
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        end += tensor.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """A safetensors file filled in place, in any order, under `<path>.tmp` until `finish`."""
+
+    def __init__(self, path: Path, tensors: Iterable[Sized]) -> None:
+        tensors = list(tensors)
+        header = header_bytes(tensors)
+        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self._start: dict[str, int] = {}
+        self._left: dict[str, int] = {}
+        end = len(header)
+        for tensor in tensors:
+            self._start[tensor.name], self._left[tensor.name] = end, tensor.nbytes
+            end += tensor.nbytes
+        self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        os.ftruncate(self._fd, end)
+        self._pwrite(header, 0)
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Puts `data` at byte `offset` of tensor `name`. Each byte is to be written once. OSError as pwrite."""
+        self._left[name] -= len(data)
+        self._pwrite(data, self._start[name] + offset)
+
+    def finish(self) -> None:
+        """Makes the file durable and gives it its name; RotorError if a tensor isn't complete."""
+        wrong = [name for name, left in self._left.items() if left]
+        if wrong:
+            raise RotorError(f"{self.path}: {wrong[0]} was not written completely")
+        os.fsync(self._fd)
+        self.close()
+        self.temporary.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Lets go of the file; unfinished, it stays under its temporary name."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _pwrite(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._fd, view[: 1 << 30], offset)
+            view, offset = view[done:], offset + done
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is either absent or complete: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
