@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import RotorError
@@ -10,11 +11,14 @@ if TYPE_CHECKING:
     from .host import attach, detach, load, make_prompt_cache, verify
 
 __version__ = "0.1.0"
+SUBPACKAGES = ("cache", "codec", "demo", "evals", "host", "kernels", "models", "quant")
 __all__ = ["RotorError", "attach", "detach", "load", "make_prompt_cache", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names that need mlx_lm are imported when first used: seconds that `--help` need not wait for."""
+    """Sub-packages, and names that need mlx_lm, are imported when first used: `--help` need not wait for them."""
+    if name in SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
         from . import host
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,8 +13,9 @@ from .errors import RotorError
 
 
 def _parser() -> argparse.ArgumentParser:
-    # `import mlx_lm.generate` would give the function of that name, not the module.
-    parser = importlib.import_module("mlx_lm.generate").setup_arg_parser()
+    from .host.generation import stock_parser
+
+    parser = stock_parser()
     parser.prog = "mlx_rotor generate"
     parser.description = "Generate text with a compressed KV cache. All flags of mlx_lm.generate, and --kv."
     for action in parser._actions:
@@ -65,12 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheme = _scheme(args)
 
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
 
     from . import attach, load, make_prompt_cache
     from .host import prompting
     from .host.attachment import stock_cache
-    from .host.generation import Stats, stream
+    from .host.generation import Stats, stock_sampler, stream
     from .host.prompt_files import load_prompt_cache
     from .host.report import describe
 
@@ -123,16 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"KV cache {stats.kv_scheme}: {describe(caches)}\n{'=' * 10}", flush=True)
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
-        "sampler": make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            args.min_tokens_to_keep,
-            top_k=args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
-            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-        ),
+        "sampler": stock_sampler(args, tokenizer),
         "prefill_step_size": args.prefill_step_size,
         # mlx_lm replaces entries of this very list when --kv-bits begins.
         "prompt_cache": caches if draft is None else caches + draft_caches,

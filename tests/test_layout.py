@@ -21,8 +21,8 @@ TIERS = {
     "kernels": 0,
     "codec": 1,
     **dict.fromkeys(("cache", "experts"), 2),
-    "host": 3,
-    **dict.fromkeys(("serve", "evals", "quant", "memory", "demo"), 4),
+    **dict.fromkeys(("host", "demo"), 3),
+    **dict.fromkeys(("serve", "evals", "quant", "memory"), 4),
 }
 DATA = "models"
 READS_DATA = {"quant", "memory"}

@@ -7,6 +7,7 @@ a multiple of 32 and 16 where it is not (head dimensions 80 and 112). Storage is
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import RotorError
 
@@ -34,9 +35,18 @@ def pack(index: mx.array, bits: int) -> mx.array:
 
 
 def unpack(planes: mx.array) -> mx.array:
-    """planes [..., bits, words] -> uint32 indices [..., d]; the inverse of `pack`."""
-    *lead, bits, words = planes.shape
-    w = 8 * planes.dtype.size
-    bit = (planes[..., None].astype(mx.uint32) >> mx.arange(w, dtype=mx.uint32)) & 1
-    bit = bit.reshape(*lead, bits, words * w)
-    return (bit << mx.arange(bits, dtype=mx.uint32)[:, None]).sum(-2).astype(mx.uint32)
+    """planes [..., bits, words], up to 8 bits -> uint8 indices [..., d]; the inverse of `pack`."""
+    bits = planes.shape[-2]
+    spread = _SPREAD[mx.view(planes, mx.uint8)] << mx.arange(bits, dtype=mx.uint64)[:, None]
+    return mx.view(spread.sum(-2), mx.uint8)
+
+
+def _spread_table() -> mx.array:
+    """[256] uint64 whose byte i is bit i of the index: eight elements of a plane in one look-up."""
+    bit = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    table = mx.array(bit.astype("<u1").view("<u8")[:, 0])
+    mx.eval(table)
+    return table
+
+
+_SPREAD = _spread_table()

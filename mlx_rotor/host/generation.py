@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
+from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from ..errors import RotorError
 from . import report
 from .prompting import Prompt
 
+# `import mlx_lm.generate` would give the function of that name, not the module.
+_generate = importlib.import_module("mlx_lm.generate")
+
 # A prompt of fewer tokens is through before a bar could be read.
 PROGRESS_FROM = 512
+
+
+def stock_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag and default of `mlx_lm.generate`."""
+    return _generate.setup_arg_parser()
+
+
+def stock_sampler(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """The sampler `mlx_lm.generate` makes of its flags."""
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
 
 
 @dataclass

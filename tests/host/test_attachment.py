@@ -14,7 +14,6 @@ import mlx_rotor
 from mlx_rotor import RotorError
 from mlx_rotor.cache import RotorCache, Scheme, parse
 from mlx_rotor.host import attention, report, versions
-
 from tiny_models import tiny
 
 LOSSLESS = Scheme("raw32", "raw32", sinks=2, ring=8, protect_layers=1)
@@ -123,7 +122,7 @@ def test_verify_refuses_when_the_wrapper_is_bypassed(monkeypatch):
 
 
 def test_nothing_to_compress():
-    with pytest.raises(RotorError, match="nothing to compress.*exact"):
+    with pytest.raises(RotorError, match=r"nothing to compress.*exact"):
         mlx_rotor.attach(tiny("mamba"), "turbo4")
 
 
@@ -185,3 +184,16 @@ def test_report_counts_stock_caches_too():
     assert report.kv_bytes_fp16(ours) == 100 * per_token * 2
     assert report.spans([0, 1, 2, 5]) == "0-2, 5"
     assert "layers 0-2: K turbo4, V turbo4" in report.describe(ours)
+
+
+def test_public_names_need_no_further_import():
+    code = """
+import mlx_rotor, sys
+assert "mlx_lm" not in sys.modules
+import mlx.core as mx
+c = mlx_rotor.codec.get("turbo4", 128)
+print(c.bits, mlx_rotor.codec.get("turbo4", 128).decode(c.encode(mx.ones((2, 128)))).shape)
+print(all(callable(getattr(mlx_rotor, n)) for n in mlx_rotor.__all__), mlx_rotor.host.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["4.125 (2, 128)", "True mlx_rotor.host"], done.stderr

@@ -1,0 +1,106 @@
+"""The fixed sample: windows of text, needles and chats, the same tokens for every configuration compared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import RotorError
+from . import chat
+from .chat import ChatTrial
+from .needle import Needle, hide
+from .size import Size
+
+
+@dataclass(frozen=True)
+class NeedleTrial:
+    length: int
+    depth: float
+    needle: Needle
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`windows`: int [windows, window + 1]; row[:-1] is fed, row[1:] predicted. `tokens`: the whole text."""
+
+    tokens: list[int]
+    windows: np.ndarray
+    needles: list[NeedleTrial]
+    chats: list[ChatTrial]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, e.g. [bos] for Llama and Gemma, nothing for the bundled model."""
+    return [t for t in tokenizer.encode("") if t == tokenizer.bos_token_id][:1]
+
+
+def draw_windows(tokens: Sequence[int], first: Sequence[int], size: Size) -> np.ndarray:
+    """Windows that don't overlap, spread evenly over the text. `first`: tokens put before each.
+
+    Raises:
+        RotorError: the text is too short.
+    """
+    need = size.window + 1 - len(first)
+    fit = (len(tokens) - 1) // size.window
+    count = size.windows if "windows" in size.asked else min(size.windows, fit)
+    if len(tokens) < need or not count or count > max(fit, 1):
+        room = f"room for {fit}" if fit else "not enough for one"
+        raise RotorError(
+            f"the text has {len(tokens)} tokens, {room} of {size.window}; {size.windows} asked for: "
+            "use a longer --text, fewer --windows or a smaller --window"
+        )
+    stride = (len(tokens) - 1) // count
+    return np.array([[*first, *tokens[i * stride : i * stride + need]] for i in range(count)])
+
+
+def draw_needles(tokenizer: Any, tokens: Sequence[int], first: Sequence[int], size: Size) -> list[NeedleTrial]:
+    """`size.needles` trials, in turn over every length and depth, in filler drawn from the text.
+
+    Raises:
+        RotorError: a length leaves no room for the question, the text is too short, or the tokenizer cuts the code
+            off the answer.
+    """
+    rng, trials = random.Random(f"needle {size.seed}"), []
+    cells = [(length, depth) for length in size.lengths for depth in size.depths]
+    for i in range(size.needles):
+        length, depth = cells[i % len(cells)]
+        if len(tokens) <= length:
+            raise RotorError(f"a needle of {length} tokens needs a longer text than {len(tokens)} tokens")
+        at = rng.randrange(len(tokens) - length)
+        filler = tokens[at : at + length]
+        try:
+            needle = hide(lambda text: encode(tokenizer, text), filler, length - len(first), rng, depth)
+        except ValueError as e:
+            raise RotorError(f"--needle-lengths {length}: {e}") from e
+        if needle.code not in tokenizer.decode(needle.answer):
+            raise RotorError("this tokenizer joins the needle's code with the text before it; use --needles 0")
+        prompt = [*first, *needle.prompt]
+        trials.append(NeedleTrial(length, depth, Needle(prompt, needle.answer, needle.code, needle.depth)))
+    return trials
+
+
+def draw(tokenizer: Any, text: str, size: Size, context: int | None) -> Sample:
+    """The sample of `size` from `text`. `context`: the longest sequence the model takes, None if unknown.
+
+    Raises:
+        RotorError: anything asked for doesn't fit the text, the tokenizer or the context.
+    """
+    longest = max((size.window, *(size.lengths if size.needles else ())))
+    if context is not None and longest > context:
+        raise RotorError(f"{longest} tokens are more than the model's context of {context}")
+    tokens, first = encode(tokenizer, text), opening(tokenizer)
+    chats = size.chats if "chats" in size.asked or chat.suits(tokenizer) else 0
+    return Sample(
+        tokens,
+        draw_windows(tokens, first, size),
+        draw_needles(tokenizer, tokens, first, size),
+        chat.draw(tokenizer, chats, size.seed, tokens),
+    )

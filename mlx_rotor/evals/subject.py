@@ -1,0 +1,80 @@
+"""A model under evaluation: where it is, what its weights are, and caches for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.utils
+
+from ..demo import MODEL
+from ..errors import RotorError
+from ..host import load, make_prompt_cache
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class Target:
+    """`label` names it in tables; `path` is a folder or a Hugging Face repository."""
+
+    label: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str | None) -> Target:
+        """`PATH`, `NAME=PATH`, or `bundled` (also None) as the path.
+
+        Raises:
+            RotorError: the path can only be a local folder and holds no model.
+        """
+        text = BUNDLED if text is None else text
+        label, given, path = text.rpartition("=")
+        if not given or Path(text).exists() or "/" in label:
+            label, path = "", text
+        local = Path(path).expanduser()
+        if path == BUNDLED and not local.exists():
+            return cls(label or BUNDLED, str(MODEL))
+        if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            if not (local / "config.json").is_file():
+                raise RotorError(f"{path}: no config.json there; a model is a folder, a repository or {BUNDLED!r}")
+            return cls(label or local.resolve().name, str(local.resolve()))
+        return cls(label or path, path)
+
+
+class Subject:
+    """A loaded model. Raises RotorError where it can't be loaded."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.model, self.tokenizer = load(target.path)
+
+    def new_cache(self, kv: str, **protection: int) -> list[Any]:
+        """An empty KV cache under scheme `kv`. Raises RotorError for an unknown scheme."""
+        return make_prompt_cache(self.model, kv=kv, **protection)
+
+    @property
+    def context(self) -> int | None:
+        return getattr(getattr(self.model, "args", None), "max_position_embeddings", None)
+
+    @cached_property
+    def _parameters(self) -> dict[str, mx.array]:
+        return dict(mlx.utils.tree_flatten(self.model.parameters()))
+
+    @cached_property
+    def quantized(self) -> bool:
+        return any(name.endswith("scales") for name in self._parameters)
+
+    @cached_property
+    def weights(self) -> str:
+        """In words: `float32`, or `quantized to 2, 3, 8 bits`."""
+        if self.quantized:
+            bits = sorted({m.bits for m in self.model.modules() if isinstance(getattr(m, "bits", None), int)})
+            return f"quantized to {', '.join(map(str, bits))} bits"
+        sizes: dict[mx.Dtype, int] = {}
+        for p in self._parameters.values():
+            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.size
+        return str(max(sizes, key=lambda d: sizes[d])).removeprefix("mlx.core.")

@@ -1,0 +1,68 @@
+"""`python -m mlx_rotor.evaluate` as a user runs it, on the bundled model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mlx_rotor import evaluate
+from mlx_rotor.command import run
+
+SMALL = [
+    *("--windows", "2", "--window", "256", "--needles", "2", "--needle-lengths", "256"),
+    *("--depths", "0.1,0.9", "--chats", "1"),
+]
+
+
+def test_the_default_configurations(tmp_path, capsys):
+    out = tmp_path / "table.md"
+    assert run(evaluate.main, [*SMALL, "--json", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    exact, packed = data["rows"]
+    assert [(r["label"], r["kv"]) for r in data["rows"]] == [("bundled", "exact"), ("bundled", "turbo4v2")]
+    assert 1 < exact["perplexity"]["value"] < 100
+    assert 0 < packed["divergence"]["mean"]["value"] < 0.1
+    assert abs(packed["change"]["value"]) < 0.1
+    assert packed["kv_memory"]["further"] < exact["kv_memory"]["fp16"] / exact["kv_memory"]["tokens"] / 4
+    assert packed["kv_memory"]["layers_compressed"] == packed["kv_memory"]["layers_total"] == 8
+    assert exact["needle"]["of"] == 2 and list(exact["chats"]) == ["recall"]
+    table = out.read_text()
+    assert table.count("| bundled | turbo4v2 |") == 2 and "2 windows × 256 tokens" in table
+    assert "bundled, turbo4v2" in captured.err, "a progress bar names the configuration"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_a_text_of_ones_own_and_protection(tmp_path, capsys):
+    text = tmp_path / "mine.py"
+    text.write_text("def add(a, b):\n    return a + b\n\n" * 60)
+    arguments = ["--text", str(text), "--windows", "1", "--window", "128", "--needles", "0", "--chats", "0"]
+    assert run(evaluate.main, [*arguments, "--kv", "turbo2", "--kv-sinks", "0", "--kv-ring", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 windows × 128 tokens of mine.py" in printed and "sinks 0, ring 16" in printed
+    assert "| bundled | turbo2 |" in printed and "| bundled | exact" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--kv", "turbo99"], "turbo99"),
+        (["--depths", "2"], "--depths 2: a depth is between 0"),
+        (["--model", "/nowhere"], "/nowhere: no config.json there"),
+        (["--text", "/nowhere.txt"], "--text /nowhere.txt: No such file or directory"),
+        (["--window", "9000"], "9000 tokens are more than the model's context of 8192"),
+        (["--windows", "1000"], "of 512; 1000 asked for"),
+        (["--out", "/nowhere/table.md"], "--out /nowhere/table.md: can't write a file there"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, says, capsys):
+    assert run(evaluate.main, arguments) == 1
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert captured.out == "" and says in last and "error: " in last
+
+
+def test_help_from_the_shell():
+    done = subprocess.run([sys.executable, "-m", "mlx_rotor.evaluate", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--needle-lengths" in done.stdout
