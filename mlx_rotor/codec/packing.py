@@ -36,9 +36,11 @@ def pack(index: mx.array, bits: int) -> mx.array:
 
 def unpack(planes: mx.array) -> mx.array:
     """planes [..., bits, words], up to 8 bits -> uint8 indices [..., d]; the inverse of `pack`."""
-    bits = planes.shape[-2]
-    spread = _SPREAD[mx.view(planes, mx.uint8)] << mx.arange(bits, dtype=mx.uint64)[:, None]
-    return mx.view(spread.sum(-2), mx.uint8)
+    spread = _SPREAD[mx.view(planes, mx.uint8)]
+    index = spread[..., 0, :]
+    for plane in range(1, planes.shape[-2]):
+        index = index | (spread[..., plane, :] << plane)
+    return mx.view(index, mx.uint8)
 
 
 def _spread_table() -> mx.array:

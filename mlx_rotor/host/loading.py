@@ -40,7 +40,10 @@ def load(path: str | Path | None = None, **kwargs: Any) -> tuple[Any, ...]:
         raise RotorError(f"no model at {target}: the folder has no config.json")
     try:
         loaded = stock_load(str(folder if folder.is_dir() else target), **kwargs)
-    except (FileNotFoundError, ValueError, RuntimeError, OSError, KeyError) as e:
-        raise RotorError(f"can't load {target}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    except (ValueError, RuntimeError, OSError, KeyError) as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if not folder.is_dir():
+            why = f"no such folder here, and fetching it from Hugging Face failed ({why})"
+        raise RotorError(f"can't load {target}: {why}") from e
     run_dtype(loaded[0])
     return loaded
