@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         description="Perplexity, KL divergence, top-1 agreement, needle retrieval, chats and KV memory of models under "
         "KV schemes, one row a configuration.",
         epilog="The default sample takes about three minutes a configuration of the bundled model on two CPU "
-        "cores, --thorough about ten.",
+        "cores, --thorough about seven.",
     )
     p.add_argument(
         "--model", action="append", metavar="[NAME=]MODEL", help="folder, repository or `bundled` (default); repeatable"
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--against", metavar="MODEL", help="reference model, with exact KV (default: the first --model)")
     p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: held-out text of the bundled model)")
-    p.add_argument("--thorough", action="store_true", help="a sample five times as large")
+    p.add_argument("--thorough", action="store_true", help="a sample four times as large")
     p.add_argument("--windows", type=int, metavar="N", help="windows of text for perplexity and divergence")
     p.add_argument("--window", type=int, metavar="TOKENS", help="tokens in a window; well over sinks + ring")
     p.add_argument(

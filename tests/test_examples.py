@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TRAINER = {"train_demo.py", "export_demo.py"}
-ARGUMENTS = {"quantize_demo.py": ["{tmp}/out"], "compare_schemes.py": []}
+ARGUMENTS = {"attach.py": [], "quantize_demo.py": ["{tmp}/out"], "compare_schemes.py": []}
 
 
 def test_every_script_is_run_here():

@@ -50,7 +50,7 @@ class Size:
 DEPTHS = (0.1, 0.5, 0.9)
 # About three minutes a configuration of the bundled model on two CPU cores.
 QUICK = Size(24, 512, needles=18, lengths=(384, 768), depths=DEPTHS, chats=12, asked=frozenset())
-# About ten minutes a configuration there; the README's tables.
-THOROUGH = Size(60, 768, needles=120, lengths=(384, 768), depths=DEPTHS, chats=40, asked=frozenset())
+# About seven minutes a configuration there; the README's tables.
+THOROUGH = Size(60, 768, needles=60, lengths=(384, 768), depths=DEPTHS, chats=40, asked=frozenset())
 # Seconds: for tests and for trying things out. Too small to conclude anything from.
 TINY = Size(3, 256, needles=2, lengths=(256,), depths=(0.1, 0.9), chats=2)
