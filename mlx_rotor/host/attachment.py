@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -17,14 +20,34 @@ def register() -> None:
     setattr(stock, "RotorCache", RotorCache)  # noqa: B010
 
 
+@dataclass(frozen=True)
+class _Hook:
+    """What `attach` puts in a model's `make_cache`. `previous`: another's hook that was there before."""
+
+    model: Any
+    scheme: Scheme
+    previous: Callable[[], list[Any]] | None
+
+    def __call__(self) -> list[Any]:
+        return make_prompt_cache(self.model, self.scheme)
+
+
+def _hook(model: Any) -> Any:
+    """The `make_cache` set on this very instance, ours or another's, or None."""
+    return getattr(model, "__dict__", {}).get("make_cache")
+
+
 def stock_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
     """The cache list mlx_lm itself would make for `model`, whatever is attached."""
-    hook = model.__dict__.pop("make_cache", None) if "make_cache" in getattr(model, "__dict__", {}) else None
-    try:
+    hook = _hook(model)
+    if not isinstance(hook, _Hook):
         return list(stock.make_prompt_cache(model, max_kv_size))
-    finally:
-        if hook is not None:
-            model.__dict__["make_cache"] = hook
+    if hook.previous is not None:
+        return list(hook.previous())
+    if hasattr(type(model), "make_cache"):
+        return list(type(model).make_cache(model))
+    without_hook: Any = SimpleNamespace(layers=model.layers)
+    return list(stock.make_prompt_cache(without_hook, max_kv_size))
 
 
 def _scheme(kv: str | Scheme | None, sinks: int | None, ring: int | None, protect_layers: int | None) -> Scheme | None:
@@ -104,15 +127,20 @@ def attach(
     make_prompt_cache(model, scheme)
     if check:
         verify(model, scheme)
+    before = _hook(model)
+    hook = _Hook(model, scheme, before.previous if isinstance(before, _Hook) else before)
     # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.
-    object.__setattr__(model, "make_cache", lambda: make_prompt_cache(model, scheme))
+    object.__setattr__(model, "make_cache", hook)
     return model
 
 
 def detach(model: Any) -> Any:
-    """Gives `model` back the cache it was made with. Returns the model."""
-    if "make_cache" in getattr(model, "__dict__", {}):
+    """Gives `model` back the cache it had before `attach`. Returns the model."""
+    hook = _hook(model)
+    if isinstance(hook, _Hook):
         object.__delattr__(model, "make_cache")
+        if hook.previous is not None:
+            object.__setattr__(model, "make_cache", hook.previous)
     return model
 
 

@@ -84,6 +84,25 @@ def test_attach_again_replaces_and_exact_detaches():
     assert "make_cache" not in model.parameters()
 
 
+def test_anothers_hook_is_kept_below_ours():
+    model = tiny("llama")
+    theirs = lambda: [stock.KVCache(), stock.RotatingKVCache(max_size=8), stock.KVCache()]  # noqa: E731
+    object.__setattr__(model, "make_cache", theirs)
+    mlx_rotor.attach(model, "turbo4")
+    kinds = [type(c) for c in stock.make_prompt_cache(model)]
+    assert kinds == [RotorCache, stock.RotatingKVCache, RotorCache]
+    assert [type(c) for c in mlx_rotor.make_prompt_cache(model, "exact")] == [type(c) for c in theirs()]
+    assert mlx_rotor.detach(model).make_cache is theirs
+
+
+def test_a_models_own_cache_list_is_the_start():
+    model = tiny("gemma3_text")
+    mlx_rotor.attach(model, "turbo4")
+    kinds = {type(c) for c in stock.make_prompt_cache(model)}
+    assert kinds == {RotorCache, stock.RotatingKVCache}
+    assert {type(c) for c in mlx_rotor.make_prompt_cache(model, "exact")} == {stock.KVCache, stock.RotatingKVCache}
+
+
 def test_speculative_decoding_trims(bundled):
     model, tokenizer = bundled
     prompt = mx.array(tokenizer.encode("import os\nimport sys\n", add_special_tokens=False))
