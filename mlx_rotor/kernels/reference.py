@@ -10,9 +10,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
-# Elements of one score tile: bounds a tile's scores at 64 MiB and its keys at a few thousand tokens.
-TILE_SCORES = 1 << 24
-MIN_TILE, MAX_TILE = 256, 4096
+# Elements of one score tile: bounds a tile's scores at 16 MiB and its keys at a few thousand tokens.
+TILE_SCORES = 1 << 22
+MIN_TILE, MAX_TILE = 64, 4096
 
 
 class Run(Protocol):
