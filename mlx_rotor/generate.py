@@ -94,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
-    draft = load(args.draft_model)[0] if args.draft_model else None
+    draft, draft_tokenizer = load(args.draft_model) if args.draft_model else (None, tokenizer)
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise RotorError(
+            f"--draft-model {args.draft_model} has {draft_tokenizer.vocab_size} tokens in its vocabulary and the model "
+            f"{tokenizer.vocab_size}: a draft model must share the model's tokenizer"
+        )
     text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = sys.stdin.read() if text == "-" else text
     rendered = tokenizer.has_chat_template and not args.ignore_chat_template

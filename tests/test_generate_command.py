@@ -110,6 +110,18 @@ def test_a_draft_model_changes_no_token(one_load, capsys):
     assert drafted["text"] == plain["text"] and drafted["layers_total"] == 8
 
 
+def test_a_draft_model_with_another_vocabulary_is_refused(bundled, monkeypatch, capsys):
+    class Other:
+        vocab_size = 7
+
+    def load(path=None, **kwargs):
+        return (bundled[0], Other()) if path == "draft" else (*bundled, {})
+
+    monkeypatch.setattr(mlx_rotor.host, "load", load)
+    assert call("--draft-model", "draft") == 1
+    assert "7 tokens" in capsys.readouterr().err
+
+
 def test_prompt_cache_files(one_load, capsys, bundled, tmp_path):
     model, _ = bundled
     plain = stock.make_prompt_cache(model)

@@ -13,7 +13,7 @@ STEP = 256
 
 
 def capacity_for(length: int) -> int:
-    """Room for `length` tokens: an eighth more, in steps of 256. Amortised copies, and at most 1/8 held unused."""
+    """Room for `length` tokens: an eighth more, rounded up to 256. Copies stay amortised, and little is held unused."""
     return -(-(length + length // 8) // STEP) * STEP
 
 

@@ -109,7 +109,7 @@ def stream(
     """
     bar = None
     if progress and len(prompt.tokens) >= PROGRESS_FROM and "draft_model" not in options:
-        bar = tqdm(total=len(prompt.tokens), unit="tok", desc="prompt", leave=False)
+        bar = tqdm(total=len(prompt.tokens), unit="tok", desc="prompt", leave=False, disable=None)
 
         def report_progress(done: int, total: int) -> None:
             bar.update(done - bar.n)
