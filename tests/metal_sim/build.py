@@ -1,0 +1,136 @@
+"""Rewritten Metal source to a shared library, kept by content.
+
+A mode says how code is compiled:
+
+* `fast`: optimised, nothing watched; an access out of bounds ends the process.
+* `count`: loads and stores are reported to the runtime, for traffic figures.
+* `check`: those, and stack variables, undefined behaviour, values never written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import tools
+from .rewrite import rewrite
+
+HERE = Path(__file__).parent
+RUNTIME = HERE / "runtime" / "runtime.cpp"
+MLX_KERNELS = Path("mlx/backend/metal/kernels")
+KERNEL_FILE = "kernel.clcpp"  # the name in debug information and messages
+PRELUDE = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\nusing namespace metal;\n'
+LANGUAGE = [
+    *("-target", "x86_64-linux-gnu", "-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc"),
+    *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"),  # Metal has no double
+    *("-Wno-unknown-attributes", "-Wno-unused-command-line-argument"),
+]
+COMMON = ["-march=native", "-fno-math-errno", "-fPIC"]
+
+
+def _llvm(*options: str) -> list[str]:
+    return [word for option in options for word in ("-mllvm", f"-asan-{option}")]
+
+
+# The kernel flavour of the address sanitizer calls a function per access, of any size, and brings no runtime.
+WATCHED = [
+    *("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-gline-tables-only", "-gdwarf-4"),
+    "-fsanitize=kernel-address",
+    *_llvm("instrumentation-with-call-threshold=0", "globals=0", "opt=0", "kernel-mem-intrinsic-prefix=1"),
+]
+MODES = {
+    "fast": [*COMMON, "-O2"],
+    "count": [*COMMON, *WATCHED, *_llvm("stack=0")],
+    "check": [
+        *(*COMMON, *WATCHED, "-fno-omit-frame-pointer"),
+        *_llvm("stack=1", "mapping-offset=0x7fff8000", "instrument-dynamic-allocas=0"),
+        "-fno-sanitize-address-use-after-scope",
+        "-fsanitize=array-bounds,shift,integer-divide-by-zero,float-cast-overflow,signed-integer-overflow",
+        *("-fsanitize-recover=all", "-ftrivial-auto-var-init=pattern"),
+    ],
+}
+LINK = ["-shared", "-O2", "-fno-sanitize=all"]
+
+
+def mlx_kernels() -> Path:
+    """The folder of Metal headers that the MLX wheel carries."""
+    return Path(mx.__file__).parent / "include" / MLX_KERNELS
+
+
+def kept(key: str, name: str, make: Callable[[Path], None]) -> Path:
+    """The file or folder that `make(path)` writes, made once for `key` and this machine's compilers."""
+    digest = hashlib.sha256(f"{key}\n{tools.identity()}".encode()).hexdigest()[:24]
+    kept_at = tools.cache_folder() / f"{digest}{name}"
+    if not kept_at.exists():
+        with tempfile.TemporaryDirectory(dir=tools.cache_folder()) as folder:
+            made = Path(folder) / "made"
+            make(made)
+            try:
+                os.replace(made, kept_at)
+            except OSError:  # a folder that another process has put there meanwhile
+                if not kept_at.is_dir():
+                    raise
+    return kept_at
+
+
+@cache
+def headers() -> Path:
+    """A folder with <metal_stdlib>, MLX's headers rewritten, and what every kernel starts with, `prelude.h`."""
+    ours = {path.relative_to(HERE / "include"): path for path in sorted((HERE / "include").iterdir())}
+    theirs = {MLX_KERNELS / p.relative_to(mlx_kernels()): p for p in sorted(mlx_kernels().rglob("*.h"))}
+
+    def make(folder: Path) -> None:
+        for place, path in theirs.items():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_text(f'#line 1 "{place}"\n{rewrite(path.read_text(), lenient=True)}')
+        for place, path in ours.items():
+            shutil.copyfile(path, folder / place)
+        (folder / "prelude.h").write_text(PRELUDE)
+
+    rules = [HERE / "rewrite.py", HERE / "tokens.py"]
+    texts = [f"{path.name}\n{path.read_text()}" for path in (*ours.values(), *theirs.values(), *rules)]
+    return kept("\n".join([PRELUDE, *texts]), "", make)
+
+
+@cache
+def front_end(mode: str) -> list[str]:
+    """Clang's arguments in `mode`: language, search path, and the compiled prelude."""
+    flags = [*LANGUAGE, f"-I{headers()}", *MODES[mode]]
+
+    def make(path: Path) -> None:
+        emit = ["-w", "-c", "-Xclang", "-emit-pch", str(headers() / "prelude.h"), "-o", str(path)]
+        tools.compile([*tools.clang(), *flags, *emit], path.parent)
+
+    prelude = kept(f"prelude {flags}", ".pch", make)
+    return [*flags, "-include-pch", str(prelude)]
+
+
+def library(text: str, mode: str) -> Path:
+    """The shared library of rewritten source `text`. Raises tools.CompileError."""
+    flags = front_end(mode)
+
+    def make(path: Path) -> None:
+        (path.parent / KERNEL_FILE).write_text(text)
+        tools.compile([*tools.clang(), *flags, "-w", "-c", KERNEL_FILE, "-o", "kernel.o"], path.parent)
+        tools.compile([*tools.cxx(), *LINK, "-o", str(path), "kernel.o", "-lm", "-Wl,-z,now"], path.parent)
+
+    return kept(f"{text}\n{flags} {LINK}", ".so", make)
+
+
+@cache
+def runtime() -> Path:
+    """The library that runs threads, holds memory and watches it."""
+    sources = "".join(path.read_text() for path in sorted(RUNTIME.parent.iterdir()))
+    flags: Sequence[str] = ["-std=c++17", "-fPIC", *LINK]
+
+    def make(path: Path) -> None:
+        tools.compile([*tools.cxx(), *flags, "-o", str(path), str(RUNTIME)], path.parent)
+
+    return kept(f"{sources} {flags}", ".so", make)

@@ -1,0 +1,155 @@
+"""What a dispatch did: findings in words, traffic by buffer and by line of source."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .build import KERNEL_FILE
+
+LINE_BYTES = 128
+OUT_OF_BOUNDS, WILD, RACE_THREADGROUP, RACE_DEVICE, UNINITIALISED, MISALIGNED = range(1, 7)
+READ_ONLY, EXITED_LANES, UNWRITTEN = 13, 10, 16
+KINDS = {
+    OUT_OF_BOUNDS: "out of bounds",
+    WILD: "wild pointer",
+    RACE_THREADGROUP: "race on threadgroup memory",
+    RACE_DEVICE: "race on device memory",
+    UNINITIALISED: "uninitialised threadgroup memory read",
+    MISALIGNED: "misaligned access",
+    7: "divergent threadgroup barrier",
+    8: "threadgroup barrier after some threads returned",
+    9: "simdgroup operation under divergence",
+    EXITED_LANES: "simdgroup operation after lanes returned",
+    11: "shuffle from an inactive lane",
+    12: "more than 32 KiB of threadgroup memory",
+    READ_ONLY: "write to a read-only buffer",
+    14: "stack overflow",
+    15: "undefined behaviour",
+    UNWRITTEN: "unwritten output read",
+}
+Label = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes between one buffer and the kernel.
+
+    `unique` is what must move once, `per_group` the sum over threadgroups of what each must move once (traffic behind
+    a perfect first-level cache), both in whole 128-byte lines; `unwritten` are bytes of an output nobody wrote.
+    """
+
+    loaded: int
+    stored: int
+    unique: int
+    per_group: int
+    unwritten: int
+
+
+@dataclass(frozen=True)
+class Access:
+    """Loads or stores of one buffer by one line of source, taken by simdgroup.
+
+    `lines` counts the 128-byte lines its `simd_accesses` touched, `ideal_lines` those they had to.
+    """
+
+    where: str
+    buffer: str
+    store: bool
+    bytes: int
+    simd_accesses: int
+    lines: int
+    ideal_lines: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """One dispatch. `errors` are bugs; `notes` are legal on some GPUs only. Both say what, where and which thread."""
+
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    buffers: dict[str, Traffic] = field(default_factory=dict)
+    accesses: list[Access] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def findings(self) -> list[str]:
+        """Everything to object to: errors, notes, and outputs that were not written whole."""
+        unwritten = {name: t.unwritten for name, t in self.buffers.items() if t.unwritten}
+        return [*self.errors, *self.notes, *(f"unwritten bytes of {name}: {n}" for name, n in unwritten.items())]
+
+    def line_use(self, buffers: Collection[str] | None = None) -> float:
+        """Lines that had to be touched over lines touched: 1.0 is fully coalesced. `buffers`: only these."""
+        counted = [a for a in self.accesses if buffers is None or a.buffer in buffers]
+        return sum(a.ideal_lines for a in counted) / max(1, sum(a.lines for a in counted))
+
+
+def make_report(happened: dict, library: Path, buffers: Sequence[tuple[str, int]], label: Label) -> Report:
+    """The worker's result in words. `buffers`: (name, bytes) of each; `label` names a line of the compiled text."""
+    base = happened["base"]
+    addresses = {a["pc"] for a in happened["accesses"]}
+    addresses |= {f[key] for f in happened["findings"] for key in ("pc", "other_pc")}
+    places = _places(library, sorted(pc - 1 - base for pc in addresses if pc), label)
+
+    def where(pc: int) -> str:
+        return places.get(pc - 1 - base, "?")
+
+    names = [name for name, _ in buffers]
+    lines: dict[tuple[str, str, bool], list[int]] = {}
+    for a in happened["accesses"]:
+        name = names[a["buffer"]] if a["buffer"] < len(names) else "threadgroup"
+        total = lines.setdefault((where(a["pc"]), name, bool(a["store"])), [0, 0, 0, 0])
+        for i, key in enumerate(("bytes", "simd_accesses", "lines", "ideal_lines")):
+            total[i] += a[key]
+    words = [(f["kind"], _in_words(f, buffers, where, label)) for f in happened["findings"]]
+    return Report(
+        errors=[text for kind, text in words if kind != EXITED_LANES],
+        notes=[text for kind, text in words if kind == EXITED_LANES],
+        buffers={
+            name: Traffic(
+                t["loaded"], t["stored"], t["unique_lines"] * LINE_BYTES, t["group_lines"] * LINE_BYTES, t["unwritten"]
+            )
+            for name, t in zip(names, happened["traffic"], strict=True)
+        },
+        accesses=[Access(*key, *total) for key, total in sorted(lines.items(), key=lambda item: -item[1][2])],
+        counts=happened["counts"],
+        seconds=happened["seconds"],
+    )
+
+
+def _in_words(f: dict, buffers: Sequence[tuple[str, int]], where: Callable[[int], str], label: Label) -> str:
+    kind, text = f["kind"], KINDS[f["kind"]]
+    access = f"{'store' if f['store'] else 'load'} of {f['size']} B at byte {f['offset']}"
+    if f["buffer"] < len(buffers):
+        name, size = buffers[f["buffer"]]
+        text += f": {access} of '{name}' ({size} B)"
+    elif kind in (OUT_OF_BOUNDS, RACE_THREADGROUP, UNINITIALISED, MISALIGNED, WILD):
+        text += f": {access} of '{f['text']}'"
+    elif f["text"]:
+        text += ": " + re.sub(rf"{re.escape(KERNEL_FILE)}:(\d+):\d+", lambda m: label(int(m[1])), f["text"])
+    if kind in (RACE_THREADGROUP, RACE_DEVICE):
+        text += f", against thread {f['other_thread']}" + (f" at {where(f['other_pc'])}" if f["other_pc"] else "")
+    at = f" at {where(f['pc'])}" if f["pc"] else ""
+    times = f", {f['count']} times" if f["count"] > 1 else ""
+    return f"{text}{at}, thread {f['thread']} of threadgroup {f['group']}{times}"
+
+
+def _places(library: Path, addresses: list[int], label: Label) -> dict[int, str]:
+    """Address in `library` -> line of source, the innermost that is not the simulator's own. Needs addr2line."""
+    if not addresses or not (tool := shutil.which("addr2line")):
+        return {}
+    command = [tool, "-e", str(library), "-f", "-i", "-a", *map(hex, addresses)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found: dict[int, str] = {}
+    for block in re.split(r"^(?=0x)", said, flags=re.MULTILINE)[1:]:
+        address, *rest = block.splitlines()
+        for place in rest[1::2]:
+            file, _, line = place.split(" (")[0].rpartition("/")[2].rpartition(":")
+            if line.isdigit() and not file.startswith(("msl_", "metal_")):
+                found[int(address, 16)] = label(int(line)) if file == KERNEL_FILE else f"{file}:{line}"
+                break
+    return found
