@@ -117,6 +117,12 @@ MEMORY = [
         "32 KiB",
     ),
     Case(
+        "write to an input through a cast",
+        INDEX + "if (i < 64) { out[i] = inp[i]; ((device float*)inp)[i] = 0; }",
+        "write to a read-only buffer: store of 4 B at byte 0 of 'inp' (65536 B)",
+    ),
+    Case("pointer made of a number", "out[0] = *(const device float*)(ulong)64;", "wild pointer: load of 4 B"),
+    Case(
         "stack overflow",
         INDEX + "float q[20000]; for (uint j = 0; j < 20000; ++j) q[j] = inp[j & 63]; out[i & 63] = q[i];",
         "stack overflow",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 UNSUPPORTED = "the Metal simulator is for x86-64 Linux; on a Mac the kernels run on its GPU"
-OLDEST, NEWEST = 17, 29
+OLDEST, NEWEST = 18, 29
 INSTALL = (
     f"the Metal simulator needs clang {OLDEST} or later and finds none: "
     "pip install ziglang (part of mlx_rotor's [test] extra), or apt-get install clang-19"
@@ -60,23 +60,19 @@ def cxx() -> tuple[str, ...]:
             return (path,)
     if zig := _zig():
         return zig, "c++"
-    raise ToolsMissing(INSTALL.replace("clang 17 or later", "a C++ compiler").replace("clang-19", "g++"))
+    raise ToolsMissing(INSTALL.replace(f"clang {OLDEST} or later", "a C++ compiler").replace("clang-19", "g++"))
 
 
 def clang_version(command: Sequence[str]) -> int:
     """Major version of a clang; 0 if it does not say."""
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"clang version (\d+)", said)
+    found = re.search(r"clang version (\d+)", _run([*command, "--version"]).stdout)
     return int(found[1]) if found else 0
 
 
 @cache
 def identity() -> str:
     """What compiled code depends on besides its text and flags: compilers and processor (code is for this one)."""
-    versions = []
-    for command in (clang(), cxx()):
-        said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-        versions.append(f"{command} {said.stdout}")
+    versions = [f"{Path(c[0]).name} {_run([*c, '--version']).stdout}" for c in (clang(), cxx())]
     processor = re.search(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return "\n".join([*versions, processor[0] if processor else platform.processor()])
 
@@ -92,11 +88,15 @@ def cache_folder() -> Path:
 
 def compile(command: Sequence[str], folder: Path) -> str:
     """Runs a compiler in `folder`; returns what it warned of. Raises CompileError with its messages."""
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache_folder() / "zig")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = _run(command, folder)
     if done.returncode:
         raise CompileError(done.stderr or f"{command[0]} ended with status {done.returncode}")
     return done.stderr
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache_folder() / "zig")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def _zig() -> str | None:

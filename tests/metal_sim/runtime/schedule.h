@@ -2,6 +2,7 @@
 #pragma once
 #include "collectives.h"
 
+// What a fiber runs: the kernel, then the next lane that can.
 static void fiber_main() {
   L.entry(gbufs, &cur->ids);
   cur->state = DONE;
@@ -20,6 +21,7 @@ static void fiber_main() {
   abort();
 }
 
+// Runs the lanes of s until all are blocked or done.
 static void run_sg(Sg* s) {
   cur_sg = s;
   while (s->ready && !dead)
@@ -85,22 +87,16 @@ static u32 rnd(u32 n) {
   rng = rng * 6364136223846793005ull + 1442695040888963407ull;
   return (u32)((rng >> 33) % n);
 }
+// Turns of n in the order of the launch.
 static void make_perm(u32* p, u32 n) {
   for (u32 i = 0; i < n; i++) p[i] = L.order == 1 ? n - 1 - i : i;
   if (L.order == 2)
     for (u32 i = n - 1; i; i--) std::swap(p[i], p[rnd(i + 1)]);
 }
 
-static void run_group(const u32 size[3]) {
+// Gives every thread of the threadgroup its indices and a stack on which it starts in fiber_main.
+static void start_threads(const u32 size[3]) {
   u32 n = size[0] * size[1] * size[2], nsg = (n + 31) / 32;
-  tg_epoch++;
-  dev_epoch++;
-  if (L.check)
-    for (auto& t : tgvars) {
-      std::fill(tg_shadow.begin() + t.off, tg_shadow.begin() + t.off + t.size, Cell{});
-      memset(&tg_init[t.off], 0, t.size);
-    }
-  for (auto& t : tgvars) memset((void*)(arena_at + t.off), 0xff, t.size);
   u32 k = 0;
   for (u32 z = 0; z < size[2]; z++)
     for (u32 y = 0; y < size[1]; y++)
@@ -139,12 +135,63 @@ static void run_group(const u32 size[3]) {
         f.sp = top;
       }
   for (u32 i = 0; i < nsg; i++) sgs[i] = {fib + i * 32, std::min(32u, n - i * 32), std::min(32u, n - i * 32), 0, 0};
+}
+
+// Every thread waits at a threadgroup barrier or is done: lets those that wait go on. False if all are done.
+static bool pass_barrier(u32 n) {
+  u32 bar = 0, done = 0;
+  Fiber* one = nullptr;
+  bool same = true;
+  u32 flags = ~0u;
+  for (u32 i = 0; i < n; i++) {
+    if (fib[i].state == DONE) {
+      done++;
+      continue;
+    }
+    bar++;
+    if (!one)
+      one = &fib[i];
+    else if (one->site != fib[i].site || one->where != fib[i].where)
+      same = false;
+    flags &= fib[i].flags;
+  }
+  if (!bar) return false;
+  cur = one;
+  cur_sg = &sgs[one->lin >> 5];
+  if (done) {
+    char t[64];
+    snprintf(t, sizeof t, "%u threads wait, %u have returned", bar, done);
+    report(E_EXIT_BARRIER, one->site, t);
+  }
+  if (!same) report(E_DIV_BARRIER, one->site, "threads wait at different barriers");
+  counts.threadgroup_barriers++;
+  if (flags & 2) tg_epoch++;
+  if (flags & 1) dev_epoch++;
+  for (u32 i = 0; i < n; i++)
+    if (fib[i].state != DONE) {
+      fib[i].state = READY;
+      sgs[i >> 5].ready++;
+    }
+  return true;
+}
+
+static void run_group(const u32 size[3]) {
+  u32 n = size[0] * size[1] * size[2], nsg = (n + 31) / 32;
+  tg_epoch++;
+  dev_epoch++;
+  if (L.check)
+    for (auto& t : tgvars) {
+      std::fill(tg_shadow.begin() + t.off, tg_shadow.begin() + t.off + t.size, Cell{});
+      memset(&tg_init[t.off], 0, t.size);
+    }
+  for (auto& t : tgvars) memset((void*)(arena_at + t.off), 0xff, t.size);
+  start_threads(size);
   if (L.order) {
     make_perm(perm, nsg);
     make_perm(lane_perm, 32);
   } else
     for (u32 i = 0; i < 32; i++) perm[i] = lane_perm[i] = i;
-  for (;;) {
+  do {
     for (u32 q = 0; q < nsg; q++) {
       Sg* s = &sgs[perm[q]];
       do {
@@ -153,40 +200,5 @@ static void run_group(const u32 size[3]) {
       } while (resolve(s));
       if (L.count) flush_recs();
     }
-    u32 bar = 0, done = 0;
-    Fiber* one = nullptr;
-    bool same = true;
-    u32 flags = ~0u;
-    for (u32 i = 0; i < n; i++) {
-      if (fib[i].state == DONE) {
-        done++;
-        continue;
-      }
-      bar++;
-      if (!one)
-        one = &fib[i];
-      else if (one->site != fib[i].site || one->where != fib[i].where)
-        same = false;
-      flags &= fib[i].flags;
-    }
-    if (!bar) {
-      return;
-    }
-    cur = one;
-    cur_sg = &sgs[one->lin >> 5];
-    if (done) {
-      char t[64];
-      snprintf(t, sizeof t, "%u threads wait, %u have returned", bar, done);
-      report(E_EXIT_BARRIER, one->site, t);
-    }
-    if (!same) report(E_DIV_BARRIER, one->site, "threads wait at different barriers");
-    counts.threadgroup_barriers++;
-    if (flags & 2) tg_epoch++;
-    if (flags & 1) dev_epoch++;
-    for (u32 i = 0; i < n; i++)
-      if (fib[i].state != DONE) {
-        fib[i].state = READY;
-        sgs[i >> 5].ready++;
-      }
-  }
+  } while (pass_barrier(n));
 }
