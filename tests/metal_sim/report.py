@@ -32,6 +32,7 @@ KINDS = {
     15: "undefined behaviour",
     UNWRITTEN: "unwritten output read",
 }
+UNKNOWN_LINE = "an unknown line" if shutil.which("addr2line") else "an unknown line (addr2line of binutils names it)"
 Label = Callable[[int], str]
 
 
@@ -96,7 +97,7 @@ def make_report(happened: dict, library: Path, buffers: Sequence[tuple[str, int]
     places = _places(library, sorted(pc - 1 - base for pc in addresses if pc), label)
 
     def where(pc: int) -> str:
-        return places.get(pc - 1 - base, "?")
+        return places.get(pc - 1 - base, UNKNOWN_LINE)
 
     names = [name for name, _ in buffers]
     lines: dict[tuple[str, str, bool], list[int]] = {}

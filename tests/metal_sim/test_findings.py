@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from . import Kernel, KernelError, Options
+from .report import UNKNOWN_LINE
 
 GROUPS, THREADS = 64, 256
 SHARED = """
@@ -202,8 +204,9 @@ def test_what_is_said_of(case):
 def test_a_finding_names_the_access_the_line_and_the_thread():
     case = Case("", INDEX + "\n\nif (i == 300) out[64] = inp[i]; else if (i < 64) out[i] = 0;")
     (said,) = findings(case)[:1]
-    assert said.startswith("out of bounds: store of 4 B at byte 256 of 'out' (256 B) at source:4, thread (44, 0, 0)")
-    assert said.endswith("of threadgroup (1, 0, 0)")
+    line = "source:4" if shutil.which("addr2line") else UNKNOWN_LINE
+    access = f"out of bounds: store of 4 B at byte 256 of 'out' (256 B) at {line}"
+    assert said == f"{access}, thread (44, 0, 0) of threadgroup (1, 0, 0)"
 
 
 def test_an_uninitialised_local_is_not_zero():

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
-UNSUPPORTED = "the Metal simulator is for x86-64 Linux; on a Mac the kernels run on its GPU"
+UNSUPPORTED = "the Metal simulator is for x86-64 Linux; a Mac has a GPU to run kernels on"
 OLDEST, NEWEST = 18, 29
 INSTALL = (
     f"the Metal simulator needs clang {OLDEST} or later and finds none: "
