@@ -3,6 +3,8 @@
 #pragma once
 #include "traffic.h"
 
+// One access to the element of cell c, in epoch ep: a race if another thread's is not ordered with it by a barrier and
+// one of the two writes. Then c remembers it.
 static void race(Cell& c, bool wr, bool atomic, u64 ep, bool dev, u32 buf, u64 off, u32 size, u64 pc, u32 pi,
                  const char* name = "") {
   u32 me = cur->gid + 1;
