@@ -17,17 +17,7 @@ from mlx_rotor.demo import MODEL
 from mlx_rotor.quant import stream
 
 ROOT = Path(__file__).parents[1]
-M27 = {
-    "model_type": "minimax_m2",
-    "hidden_size": 3072,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 62,
-    "num_attention_heads": 48,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "num_local_experts": 256,
-    "vocab_size": 200064,
-}
+M27 = json.loads((ROOT / "examples" / "minimax_m27" / "config.json").read_text())
 
 
 def run(*argv):

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from mlx_rotor import models
@@ -5,17 +8,7 @@ from mlx_rotor.errors import RotorError
 from mlx_rotor.models import minimax_m2
 from mlx_rotor.quant.roles import ROLES
 
-CONFIG = {
-    "model_type": "minimax_m2",
-    "hidden_size": 3072,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 62,
-    "num_attention_heads": 48,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "num_local_experts": 256,
-    "vocab_size": 200064,
-}
+CONFIG = json.loads((Path(__file__).parents[2] / "examples" / "minimax_m27" / "config.json").read_text())
 
 
 def test_every_architecture_file_is_found_and_complete():
