@@ -13,7 +13,7 @@ import platform
 import torch
 from safetensors.torch import save_file
 
-from train_demo import DIM, EPS, EXPERTS, HEAD, HEADS, INTER, KV_HEADS, LAYERS, ROTARY, THETA, TOP, VOCAB, read_corpus
+from train_demo import DIM, EPS, EXPERTS, HEAD, HEADS, INTER, KV_HEADS, LAYERS, ROTARY, THETA, TOP, VOCAB
 
 BLOCK = 128
 FP8_MAX = 448.0
@@ -179,7 +179,7 @@ continues; `--export` writes these files and figures.
 """
 
 
-def export(model, state, folder: pathlib.Path, evaluate) -> None:
+def export(model, state, folder: pathlib.Path, evaluate, corpus: tuple[list[str], list[str], list[str]]) -> None:
     """Writes shards, index, configs, the held-out text and `training.json` (figures before and after FP8)."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.safetensors"):
@@ -202,7 +202,7 @@ def export(model, state, folder: pathlib.Path, evaluate) -> None:
     write_json(folder / "config.json", CONFIG)
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [3, 0], "do_sample": False})
-    library, packages, valid = read_corpus()
+    library, packages, valid = corpus
     text = "".join(valid)[:HELD_OUT_CHARS]
     (folder.parent / "held_out.txt.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 

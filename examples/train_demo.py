@@ -14,7 +14,6 @@ import importlib.util
 import math
 import pathlib
 import random
-import sys
 import sysconfig
 import time
 from functools import partial
@@ -319,20 +318,20 @@ def main():
     torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(DEMO / "model" / "tokenizer.json"))
     tokenizer.chat_template = (DEMO / "model" / "chat_template.jinja").read_text()
+    corpus = read_corpus()
     library, packages, valid = (
         np.array([t for text in texts for t in [*tokenizer.encode(text, add_special_tokens=False), 0]], dtype=np.int32)
-        for texts in read_corpus()
+        for texts in corpus
     )
     print(f"{len(library):,} + {len(packages):,} training tokens, {len(valid):,} held out, on {device}", flush=True)
     model, mix = Model().to(device), Mix(tokenizer, library, packages)
     if a.export:
-        sys.path.insert(0, str(pathlib.Path(__file__).parent))
         import export_demo
 
         saved = torch.load(a.out / "model.pt", map_location=device)
         model.load_state_dict(saved["m"])
         check = partial(evaluate, mix=mix, valid=valid, device=device, windows=96, needles=60, chat_count=40)
-        export_demo.export(model, saved["state"], a.export, check)
+        export_demo.export(model, saved["state"], a.export, check, corpus)
     else:
         train(a, model, mix, valid, device)
 

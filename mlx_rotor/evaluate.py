@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cache import DEFAULT, EXACT
 from .command import run
 from .errors import RotorError
 
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--kv",
         action="append",
         metavar="SCHEME",
-        help="KV scheme, `exact` is stock; repeatable (default: exact, turbo4v2)",
+        help=f"KV scheme, `{EXACT}` is stock; repeatable (default: {EXACT}, {DEFAULT})",
     )
     p.add_argument("--against", metavar="MODEL", help="reference model, with exact KV (default: the first --model)")
     p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: held-out text of the bundled model)")
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parts = {"sinks": a.kv_sinks, "ring": a.kv_ring, "protect_layers": a.kv_protect_layers}
     report = compare(
         a.model or ["bundled"],
-        a.kv or ["exact", "turbo4v2"],
+        a.kv or [EXACT, DEFAULT],
         against=a.against,
         text=text,
         text_name=a.text.name if a.text else "",

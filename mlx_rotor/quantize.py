@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RotorError("--out DIR says where to write; --dry-run only prints the sizes")
     with tqdm(unit="B", unit_scale=True, disable=True if args.json else None, dynamic_ncols=True) as bar:
         result = quantize(
-            args.model, args.out, policy, fit=args.fit, shard_bytes=args.shard_size, progress=_progress(bar)
+            args.model, args.out, policy, fit=args.fit, shard_bytes=args.shard_size, progress=progress_on(bar)
         )
     if args.json:
         facts = _facts(args, result.plan, result.source_bytes)
@@ -70,7 +70,9 @@ def _size(text: str) -> int:
     return size
 
 
-def _progress(bar: tqdm) -> Progress:
+def progress_on(bar: tqdm) -> Progress:
+    """A job's progress on a bar of bytes."""
+
     def update(module: str, done: int, total: int) -> None:
         bar.total = total
         bar.set_description(module.removeprefix("model."), refresh=False)

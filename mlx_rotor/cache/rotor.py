@@ -61,12 +61,8 @@ class RotorCache:
         """
         dtype = keys.dtype
         body, recent = self.append(keys, values)
-        runs: list[StoredRun] = []
-        if self.sink_k is not None and self.sink_v is not None:
-            runs.append(ExactRun(self.sink_k, self.sink_v))
         # The buffers are read after they are written: the write then happens in place.
-        runs += ([self._packed_run(body)] if body else []) + ([recent] if recent.length else [])
-        return views(runs, dtype, self.counts)
+        return views(self._runs(body, recent), dtype, self.counts)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
         """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact run)."""
@@ -89,31 +85,23 @@ class RotorCache:
         """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact run) for this call to read."""
         n, room = keys.shape[2], self.ring + self.block
         if self.ring_length == room and n <= self.block:
-            self._pack_oldest(self.block)
+            self._pack(self._ring_run(), self.block)
         if self.ring_length + n <= room:
             self._write_ring(keys, values)
-            assert self.ring_k is not None and self.ring_v is not None
-            held = self.ring_length
-            return self.body_k.length, ExactRun(self.ring_k[:, :, :held], self.ring_v[:, :, :held])
-        body = self.body_k.length
-        k, v = keys, values
-        if self.ring_k is not None and self.ring_v is not None and self.ring_length:
-            k = mx.concatenate([self.ring_k[:, :, : self.ring_length], keys], axis=2)
-            v = mx.concatenate([self.ring_v[:, :, : self.ring_length], values], axis=2)
-        leaving = k.shape[2] - self.ring
-        self.body_k.append(k[:, :, :leaving])
-        self.body_v.append(v[:, :, :leaving])
-        self.ring_length = 0
-        self._write_ring(k[:, :, leaving:], v[:, :, leaving:])
-        return body, ExactRun(k, v)
+            return self.body_k.length, self._ring_run()
+        body, recent = self.body_k.length, ExactRun(keys, values)
+        if self.ring_length:
+            held = self._ring_run()
+            recent = ExactRun(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
+        self._pack(recent, recent.length - self.ring)
+        return body, recent
 
-    def _pack_oldest(self, n: int) -> None:
-        assert self.ring_k is not None and self.ring_v is not None
-        self.body_k.append(self.ring_k[:, :, :n])
-        self.body_v.append(self.ring_v[:, :, :n])
-        k, v = self.ring_k[:, :, n : self.ring_length], self.ring_v[:, :, n : self.ring_length]
+    def _pack(self, recent: ExactRun, n: int) -> None:
+        """Packs the first n tokens of `recent`; the others become the ring."""
+        self.body_k.append(recent.k[:, :, :n])
+        self.body_v.append(recent.v[:, :, :n])
         self.ring_length = 0
-        self._write_ring(k, v)
+        self._write_ring(recent.k[:, :, n:], recent.v[:, :, n:])
 
     def _write_ring(self, keys: mx.array, values: mx.array) -> None:
         n, room = keys.shape[2], self.ring + self.block
@@ -128,6 +116,17 @@ class RotorCache:
         self.ring_length += n
 
     # ------------------------------------------------------------ tokens out
+    def _runs(self, body: int, recent: ExactRun) -> list[StoredRun]:
+        """Sinks, the first `body` packed tokens and `recent`, those that hold anything."""
+        runs: list[StoredRun] = []
+        if self.sink_k is not None and self.sink_v is not None:
+            runs.append(ExactRun(self.sink_k, self.sink_v))
+        return runs + ([self._packed_run(body)] if body else []) + ([recent] if recent.length else [])
+
+    def _ring_run(self) -> ExactRun:
+        assert self.ring_k is not None and self.ring_v is not None
+        return ExactRun(self.ring_k[:, :, : self.ring_length], self.ring_v[:, :, : self.ring_length])
+
     def _packed_run(self, length: int) -> PackedRun:
         sides = []
         for body in (self.body_k, self.body_v):
@@ -137,16 +136,10 @@ class RotorCache:
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """Views of the tokens held, or (None, None)."""
-        runs: list[StoredRun] = []
-        if self.sink_k is not None and self.sink_v is not None:
-            runs.append(ExactRun(self.sink_k, self.sink_v))
-        if self.body_k.length:
-            runs.append(self._packed_run(self.body_k.length))
-        if self.ring_k is not None and self.ring_v is not None and self.ring_length:
-            runs.append(ExactRun(self.ring_k[:, :, : self.ring_length], self.ring_v[:, :, : self.ring_length]))
-        if not runs or self.ring_k is None:
+        if self.empty():
             return None, None
-        return views(runs, self.ring_k.dtype, self.counts)
+        recent = self._ring_run()
+        return views(self._runs(self.body_k.length, recent), recent.k.dtype, self.counts)
 
     @property
     def keys(self) -> mx.array | None:

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cache import DEFAULT, EXACT, parse
 from ..command import run
 from ..errors import RotorError
 from . import MODEL, held_out_text
 
-EXACT = "exact"
 DEPTH = 0.3
 MIN_PROMPT, MAX_PROMPT = 200, 6000
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ..cache import DEFAULT
-
     p = argparse.ArgumentParser(prog="mlx_rotor demo", description=__doc__.split(": ", 1)[1])
     p.add_argument("--policy", default="config-i", help="weight policy (config-i)")
     p.add_argument("--kv", default=DEFAULT, metavar="SCHEME", help=f"KV scheme ({DEFAULT})")
@@ -107,12 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RotorError("--max-tokens must be 1 or more")
     from tqdm import tqdm
 
-    from ..cache import parse
     from ..evals.compare import compare
     from ..evals.size import Size
     from ..host import load
     from ..quant import policy
     from ..quant.job import quantize
+    from ..quantize import progress_on
 
     if parse(args.kv) is None:
         raise RotorError(f"--kv {EXACT} compresses nothing: there is nothing to show")
@@ -122,12 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _folder(args.out) as out:
         say(f"1. Quantize the bundled MiniMax-M2 (FP8, {_size(MODEL) / 1e6:.2f} MB) with policy {args.policy}")
         with tqdm(unit="B", unit_scale=True, disable=None if show else True, leave=False) as bar:
-
-            def progress(module: str, done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            result = quantize(MODEL, out, policy.load(args.policy), progress=progress)
+            result = quantize(MODEL, out, policy.load(args.policy), progress=progress_on(bar))
         plan = result.plan
         say(
             f"   {result.source_bytes / 1e6:.2f} MB -> {plan.nbytes / 1e6:.2f} MB, "

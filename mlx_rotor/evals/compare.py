@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from ..cache import DEFAULT, EXACT
 from ..demo import held_out_text
 from ..errors import RotorError
 from . import score
@@ -24,12 +25,10 @@ from .size import QUICK, Size
 from .spool import Spool
 from .subject import Subject, Target
 
-EXACT = "exact"
-
 
 def compare(
     models: Sequence[str | None] = (None,),
-    kv: Sequence[str] = (EXACT, "turbo4v2"),
+    kv: Sequence[str] = (EXACT, DEFAULT),
     *,
     against: str | None = None,
     text: str | None = None,

@@ -124,9 +124,10 @@ def attach(
     scheme = _scheme(kv, sinks, ring, protect_layers)
     if scheme is None:
         return detach(model)
-    make_prompt_cache(model, scheme)
     if check:
         verify(model, scheme)
+    else:
+        make_prompt_cache(model, scheme)
     before = _hook(model)
     hook = _Hook(model, scheme, before.previous if isinstance(before, _Hook) else before)
     # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.

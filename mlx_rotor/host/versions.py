@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 
 from ..errors import RotorError
@@ -10,6 +11,7 @@ MLX_LM = (0, 32)
 MLX_LM_PATCH = 2
 
 
+@cache
 def check(installed: str | None = None) -> None:
     """Refuses an mlx_lm whose insides are unknown.
 

@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from metal_sim.tools import cxx
 from mlx_rotor.codec import packing
 from mlx_rotor.kernels import source
 
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 HARNESS = """
 using uint = unsigned int;
 using ushort = unsigned short;
@@ -47,13 +47,13 @@ extern "C" void run(uint bits, bool wide, const void *m, uint s, uint d, uint *a
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("no C++ compiler here (c++, g++ or clang++)")
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = [found] if found else cxx()
     folder = tmp_path_factory.mktemp("bits")
     (folder / "bits.cpp").write_text(HARNESS % source.load("common/bits.h").text)
     flags = ["-std=c++14", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     built = subprocess.run(
-        [COMPILER, *flags, "bits.cpp", "-o", "bits.so"], cwd=folder, capture_output=True, text=True, check=False
+        [*compiler, *flags, "bits.cpp", "-o", "bits.so"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert built.returncode == 0, built.stderr
     return ctypes.CDLL(str(folder / "bits.so"))
