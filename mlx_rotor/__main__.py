@@ -9,6 +9,8 @@ COMMANDS = {
     "generate": "generate text through a compressed KV cache",
     "quantize": "turn a checkpoint into MLX safetensors under a policy of bits by role and layer",
     "evaluate": "what compression cost: perplexity, KL divergence, needle retrieval",
+    "doctor": "versions, device, backends and why; on a Mac, checks and times every kernel",
+    "benchmark": "kernels: bytes they move and a model of their time, beside MLX's own",
     "demo": "quantize the bundled model, run it through a compressed KV cache, show saving and cost",
 }
 

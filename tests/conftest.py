@@ -12,18 +12,17 @@ from mlx_rotor import codec  # noqa: E402
 class Lossless:
     """Stores float32 bit patterns, in a basis with all signs flipped: every path of a codec, no error."""
 
-    name, index_bits = "raw32", 32
+    name, index_bits, kernel = "raw32", 32, None
 
     def __init__(self, dim):
         self.dim, self.bits = dim, 32 + 16 / dim
 
     def encode(self, x):
-        planes = mx.view(mx.contiguous(-x.astype(mx.float32)), mx.uint32)
-        return codec.Packed(planes.reshape(*x.shape[:-1], 32, x.shape[-1] // 32), mx.ones(x.shape[:-1], mx.float16))
+        words = mx.view(mx.contiguous(-x.astype(mx.float32)), mx.uint32)
+        return codec.Packed(words, mx.ones(x.shape[:-1], mx.float16))
 
     def decode_rotated(self, packed):
-        planes = mx.contiguous(packed.planes)
-        return mx.view(planes.reshape(*planes.shape[:-2], self.dim), mx.float32)
+        return mx.view(mx.contiguous(packed.words), mx.float32)
 
     def decode(self, packed):
         return -self.decode_rotated(packed)

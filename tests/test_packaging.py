@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_package_the_kernels_and_nothing_else(wheel):
     }
     in_wheel = {name for name in contents(wheel) if ".dist-info/" not in name}
     assert in_wheel == set(shipped)
-    assert {"mlx_rotor/py.typed", "mlx_rotor/kernels_metal/common/bits.h"} <= in_wheel
+    assert {"mlx_rotor/py.typed", "mlx_rotor/kernels_metal/attention/decode.h"} <= in_wheel
 
 
 def test_the_wheel_holds_its_licences(wheel):

@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RotorError
-from .rows import Body, ExactRun, PackedRun, PackedSide, StoredRun, grown
+from ..kernels import ExactRun, PackedRun, StoredRun
+from . import saved
+from .rows import Body, grown
 from .view import Counts, KVView, views
-
-FORMAT = 1
 
 
 def _mask(n: int, offset: int, return_array: bool, window_size: int | None) -> mx.array | str | None:
@@ -32,7 +32,8 @@ class RotorCache:
     Args:
         k, v: codec names.
         sinks: first tokens kept exact.
-        ring: recent tokens kept exact; decoding packs the oldest `block` once there are ring + block.
+        ring: recent tokens kept exact, at least; the oldest are packed once there would be more than ring + block.
+        block: the body's length is a multiple of it, so that appends to it need not start inside a tile.
     """
 
     def __init__(self, k: str, v: str, sinks: int = 4, ring: int = 128, block: int = 32) -> None:
@@ -85,7 +86,7 @@ class RotorCache:
         """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact run) for this call to read."""
         n, room = keys.shape[2], self.ring + self.block
         if self.ring_length == room and n <= self.block:
-            self._pack(self._ring_run(), self.block)
+            self._pack(self._ring_run())
         if self.ring_length + n <= room:
             self._write_ring(keys, values)
             return self.body_k.length, self._ring_run()
@@ -93,11 +94,13 @@ class RotorCache:
         if self.ring_length:
             held = self._ring_run()
             recent = ExactRun(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
-        self._pack(recent, recent.length - self.ring)
+        self._pack(recent)
         return body, recent
 
-    def _pack(self, recent: ExactRun, n: int) -> None:
-        """Packs the first n tokens of `recent`; the others become the ring."""
+    def _pack(self, recent: ExactRun) -> None:
+        """Packs the oldest of more than `ring` exact tokens, to a whole block of the body; the rest become the ring."""
+        n = recent.length - self.ring
+        n -= (self.body_k.length + n) % self.block
         self.body_k.append(recent.k[:, :, :n])
         self.body_v.append(recent.v[:, :, :n])
         self.ring_length = 0
@@ -121,18 +124,13 @@ class RotorCache:
         runs: list[StoredRun] = []
         if self.sink_k is not None and self.sink_v is not None:
             runs.append(ExactRun(self.sink_k, self.sink_v))
-        return runs + ([self._packed_run(body)] if body else []) + ([recent] if recent.length else [])
+        if body:
+            runs.append(PackedRun(body, self.body_k.side(), self.body_v.side()))
+        return runs + ([recent] if recent.length else [])
 
     def _ring_run(self) -> ExactRun:
         assert self.ring_k is not None and self.ring_v is not None
         return ExactRun(self.ring_k[:, :, : self.ring_length], self.ring_v[:, :, : self.ring_length])
-
-    def _packed_run(self, length: int) -> PackedRun:
-        sides = []
-        for body in (self.body_k, self.body_v):
-            assert body.planes is not None and body.scale is not None
-            sides.append(PackedSide(body.codec_name, body.dim, body.planes, body.scale))
-        return PackedRun(length, sides[0], sides[1])
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """Views of the tokens held, or (None, None)."""
@@ -176,8 +174,8 @@ class RotorCache:
         self.ring_length -= gone
         left -= gone
         gone = min(left, self.body_k.length)
-        self.body_k.length -= gone
-        self.body_v.length -= gone
+        self.body_k.trim(gone)
+        self.body_v.trim(gone)
         left -= gone
         if left and self.sink_k is not None and self.sink_v is not None:
             keep = self.sink_k.shape[2] - left
@@ -187,10 +185,8 @@ class RotorCache:
 
     # ------------------------------------------------------------ bytes and files
     def _arrays(self) -> list[mx.array | None]:
-        b_k, b_v = self.body_k, self.body_v
-        return [
-            self.sink_k, self.sink_v, self.ring_k, self.ring_v, b_k.planes, b_k.scale, b_v.planes, b_v.scale,
-        ]  # fmt: skip
+        k, v = self.body_k, self.body_v
+        return [self.sink_k, self.sink_v, self.ring_k, self.ring_v, k.tiles, k.scale, v.tiles, v.scale]
 
     @property
     def elements(self) -> int:
@@ -208,26 +204,19 @@ class RotorCache:
     @property
     def state(self) -> list[Any]:
         """Arrays, then numbers and names: all of the cache, in the leaves mlx_lm can save."""
-        numbers = [FORMAT, self.sinks, self.ring, self.block, self.body_k.length, self.ring_length]
-        return [
-            *self._arrays(),
-            *numbers,
-            self.body_k.dim,
-            self.body_v.dim,
-            self.body_k.codec_name,
-            self.body_v.codec_name,
-        ]
+        k, v = self.body_k, self.body_v
+        numbers = [saved.FORMAT, self.sinks, self.ring, self.block, k.length, self.ring_length, k.dim, v.dim]
+        return [*self._arrays(), *numbers, k.codec_name, v.codec_name]
 
     @state.setter
     def state(self, state: list[Any]) -> None:
-        if len(state) != 18 or int(state[8]) != FORMAT:
-            raise RotorError(f"this prompt cache was not written by cache format {FORMAT} of mlx_rotor")
-        _, sinks, ring, block, body, ring_length, dim_k, dim_v = map(int, state[8:16])
-        self.__init__(str(state[16]), str(state[17]), sinks, ring, block)  # type: ignore[misc]
-        self.sink_k, self.sink_v, self.ring_k, self.ring_v = state[:4]
-        for side, dim, planes, scale in ((self.body_k, dim_k, *state[4:6]), (self.body_v, dim_v, *state[6:8])):
-            side.dim, side.length, side.planes, side.scale = dim, body, planes, scale
-        self.ring_length = ring_length
+        """Raises RotorError for anything but a state of this format whose parts fit each other."""
+        s = saved.check(state)
+        self.__init__(s.codec_k, s.codec_v, s.sinks, s.ring, s.block)  # type: ignore[misc]
+        self.sink_k, self.sink_v, self.ring_k, self.ring_v = s.exact
+        self.body_k = Body(s.codec_k, s.dim_k, s.body_length, *s.packed_k)
+        self.body_v = Body(s.codec_v, s.dim_v, s.body_length, *s.packed_v)
+        self.ring_length = s.ring_length
 
     @property
     def meta_state(self) -> str:

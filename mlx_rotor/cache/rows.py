@@ -1,4 +1,4 @@
-"""Growable storage of a layer's tokens, exact or packed, and the runs of it that attention reads."""
+"""Growable storage of a layer's tokens, exact or packed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .. import codec
-from ..codec import Packed
+from .. import codec, kernels
+from ..kernels import TILE, PackedSide
+from ..kernels.tiles import kept_bits
 
 STEP = 256
 
@@ -18,7 +19,7 @@ def capacity_for(length: int) -> int:
 
 
 def grown(buffer: mx.array | None, like: mx.array, used: int, capacity: int) -> mx.array:
-    """`buffer` with room for `capacity` tokens on axis 2, its first `used` kept."""
+    """`buffer` with room for `capacity` rows on axis 2, its first `used` kept."""
     shape = (*like.shape[:2], capacity, *like.shape[3:])
     if buffer is None:
         return mx.zeros(shape, like.dtype)
@@ -28,102 +29,69 @@ def grown(buffer: mx.array | None, like: mx.array, used: int, capacity: int) -> 
 
 @dataclass
 class Body:
-    """One side's packed tokens: planes [B, H, room, bits, words], scale [B, H, room], the first `length` valid."""
+    """One side's packed tokens, the first `length` valid: tiles uint32 [B, H, room / 32, dim · bits], scale float16
+    [B, H, room]. Behind `length` the words of its own tile are 0, those of later tiles anything."""
 
     codec_name: str
     dim: int = 0
     length: int = 0
-    planes: mx.array | None = None
+    tiles: mx.array | None = None
     scale: mx.array | None = None
-
-    def append(self, x: mx.array) -> None:
-        """Encodes x [B, H, n, D] behind the tokens held."""
-        n = x.shape[2]
-        self.dim = x.shape[3]
-        packed = codec.get(self.codec_name, self.dim).encode(x)
-        if self.planes is None or self.scale is None or self.length + n > self.planes.shape[2]:
-            capacity = capacity_for(self.length + n)
-            self.planes = grown(self.planes, packed.planes, self.length, capacity)
-            self.scale = grown(self.scale, packed.scale, self.length, capacity)
-        self.planes[:, :, self.length : self.length + n] = packed.planes
-        self.scale[:, :, self.length : self.length + n] = packed.scale
-        self.length += n
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(a.nbytes) for a in (self.planes, self.scale) if a is not None)
-
-
-@dataclass(frozen=True)
-class PackedSide:
-    """K or V of packed tokens as attention reads them: whole buffers and a codec; no copy is made."""
-
-    codec_name: str
-    dim: int
-    planes: mx.array
-    scale: mx.array
 
     @property
     def codec(self) -> codec.Codec:
         return codec.get(self.codec_name, self.dim)
 
-    def packed(self, start: int, stop: int) -> Packed:
-        return Packed(self.planes[:, :, start:stop], self.scale[:, :, start:stop])
-
-
-@dataclass(frozen=True)
-class PackedRun:
-    """The first `length` tokens of two bodies."""
-
-    length: int
-    k: PackedSide
-    v: PackedSide
-
-    def keys(self, start: int, stop: int) -> mx.array:
-        return self.k.codec.decode_rotated(self.k.packed(start, stop))
-
-    def values(self, start: int, stop: int) -> mx.array:
-        return self.v.codec.decode_rotated(self.v.packed(start, stop))
-
-    def rotate_query(self, q: mx.array) -> mx.array:
-        return self.k.codec.rotate(q)
-
-    def unrotate_output(self, o: mx.array) -> mx.array:
-        return self.v.codec.unrotate(o)
-
-    def dequantized(self) -> tuple[mx.array, mx.array]:
-        """float32 (K, V), [B, H, length, D], in the model's basis."""
-        return (
-            self.k.codec.decode(self.k.packed(0, self.length)),
-            self.v.codec.decode(self.v.packed(0, self.length)),
-        )
-
-
-@dataclass(frozen=True)
-class ExactRun:
-    """Tokens kept as they came: k, v [B, H, length, D]."""
-
-    k: mx.array
-    v: mx.array
+    @property
+    def room(self) -> int:
+        """Tokens there is memory for."""
+        return 0 if self.tiles is None else TILE * int(self.tiles.shape[2])
 
     @property
-    def length(self) -> int:
-        return int(self.k.shape[2])
+    def nbytes(self) -> int:
+        return sum(int(a.nbytes) for a in (self.tiles, self.scale) if a is not None)
 
-    def keys(self, start: int, stop: int) -> mx.array:
-        return self.k[:, :, start:stop].astype(mx.float32)
+    def append(self, x: mx.array) -> None:
+        """Encodes x [B, H, n, dim] behind the tokens held; in place where nothing else refers to the buffers."""
+        n = x.shape[2]
+        if not n:
+            return
+        self.dim = x.shape[3]
+        first, over = divmod(self.length, TILE)
+        if over:
+            # Encoded from the start of the tile that is part full: zeros where its own tokens are.
+            x = mx.concatenate([mx.zeros((*x.shape[:2], over, self.dim), x.dtype), x], axis=2)
+        tiles, scale = kernels.encode(self.codec, x)
+        self._reserve(self.length + n, tiles, scale)
+        assert self.tiles is not None and self.scale is not None
+        last = first + tiles.shape[2]
+        if over:
+            # Added, as the places are 0: reading the tile to write it would have MLX copy the whole buffer.
+            new = tiles[:, :, :1] & ~kept_bits(tiles.shape[3], over)
+            self.tiles = self.tiles.at[:, :, first : first + 1].add(new)
+            first, tiles = first + 1, tiles[:, :, 1:]
+        if tiles.shape[2]:
+            self.tiles[:, :, first:last] = tiles
+        self.scale[:, :, self.length : last * TILE] = scale[:, :, over:]
+        self.length += n
 
-    def values(self, start: int, stop: int) -> mx.array:
-        return self.v[:, :, start:stop].astype(mx.float32)
+    def _reserve(self, length: int, tiles: mx.array, scale: mx.array) -> None:
+        """Room for `length` tokens in buffers like `tiles` and `scale`."""
+        if length > self.room:
+            used, capacity = -(-self.length // TILE), capacity_for(length)
+            self.tiles = grown(self.tiles, tiles, used, capacity // TILE)
+            self.scale = grown(self.scale, scale, self.length, capacity)
 
-    def rotate_query(self, q: mx.array) -> mx.array:
-        return q
+    def trim(self, n: int) -> None:
+        """Forgets the last n tokens."""
+        self.length -= n
+        first, kept = divmod(self.length, TILE)
+        if n and kept:
+            assert self.tiles is not None
+            tile = self.tiles[:, :, first : first + 1]
+            self.tiles[:, :, first : first + 1] = tile & kept_bits(tile.shape[3], kept)
 
-    def unrotate_output(self, o: mx.array) -> mx.array:
-        return o
-
-    def dequantized(self) -> tuple[mx.array, mx.array]:
-        return self.k, self.v
-
-
-StoredRun = PackedRun | ExactRun
+    def side(self) -> PackedSide:
+        """The buffers as attention reads them; only where something has been appended."""
+        assert self.tiles is not None and self.scale is not None
+        return PackedSide(self.codec, self.tiles, self.scale)

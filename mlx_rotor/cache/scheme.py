@@ -119,10 +119,9 @@ def parse(
         k = f"{found['family']}{found['k']}" if found else text
         v = f"{found['family']}{found['v']}" if found and found["v"] else k
         if k not in known or v not in known:
-            mixed = next((c for c in known if c.endswith("4")), known[0])
             raise RotorError(
                 f"unknown KV scheme {text!r}; try {EXACT}, one of {', '.join(known)}, "
-                f"a mix such as {mixed}v2, or k={mixed},v={known[0]}"
+                f"a mix such as {DEFAULT}, or k=turbo4,v=iso3"
             )
         scheme = Scheme(k, v)
     return scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)

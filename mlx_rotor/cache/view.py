@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import kernels
-from .rows import StoredRun
+from ..kernels import ExactRun, StoredRun
 
 
 @dataclass
@@ -54,14 +54,20 @@ class KVView(mx.array):
 def views(runs: Sequence[StoredRun], dtype: mx.Dtype, counts: Counts) -> tuple[KVView, KVView]:
     """The pair (K, V) of views over runs in token order."""
     handle = Handle(runs, counts)
-    parts = [run.dequantized() for run in runs]
     counts.made += 1
     pair = []
-    for kind, side in (("k", 0), ("v", 1)):
-        view = KVView(mx.concatenate([p[side].astype(dtype) for p in parts], axis=2))
+    for kind in ("k", "v"):
+        view = KVView(mx.concatenate([_side(run, kind, dtype) for run in runs], axis=2))
         view.rotor, view.kind = handle, kind
         pair.append(view)
     return pair[0], pair[1]
+
+
+def _side(run: StoredRun, kind: str, dtype: mx.Dtype) -> mx.array:
+    """[B, H, length, D] of a run, dequantized where it is packed."""
+    if isinstance(run, ExactRun):
+        return (run.k if kind == "k" else run.v).astype(dtype)
+    return kernels.dequantize(run.k if kind == "k" else run.v, 0, run.length, dtype)
 
 
 def paired(k: Any, v: Any) -> Handle | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import cache
 
 from ..errors import RotorError
-from .base import Codec, Packed
+from ..kernels.packed import Packed
+from .base import Codec
 
 __all__ = ["Codec", "Packed", "get", "names", "register"]
 

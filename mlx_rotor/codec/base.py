@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
-from .levels import lloyd_max
-from .packing import pack, unpack, word_bits
+from ..kernels.packed import Packed
+from ..kernels.spec import KernelSpec, Struct
+from . import fields
 from .rotation import Rotation
 
 SCALE_MAX = 65504.0  # the largest finite float16
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Encoded vectors. planes: [..., bits, words] of uint32 or uint16; scale: [...] of float16, one a vector."""
-
-    planes: mx.array
-    scale: mx.array
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.planes.nbytes + self.scale.nbytes)
 
 
 class Codec(Protocol):
@@ -37,6 +25,10 @@ class Codec(Protocol):
     @property
     def bits(self) -> float:
         """Stored bits per element, the scale included."""
+
+    @property
+    def kernel(self) -> KernelSpec | None:
+        """The codec in Metal, or None: it then runs on the reference backend only."""
 
     def encode(self, x: mx.array) -> Packed:
         """x: [..., d], any float dtype."""
@@ -53,42 +45,66 @@ class Codec(Protocol):
     def unrotate(self, y: mx.array) -> mx.array: ...
 
 
-class ScalarCodec:
-    """Rotate, take the nearest Lloyd–Max level of every coordinate, keep one least-squares float16 scale.
+class Quantizer(Protocol):
+    """Unit-variance coordinates to integer codes and the levels they stand for."""
 
-    The scale is ⟨c, y⟩ / ⟨c, c⟩ for levels c and rotated vector y: the best for squared error, whatever the table.
-    A zero vector decodes to zero. Source of the form: TurboQuant (arXiv 2504.19874), without its QJL residual.
+    bits: int
+
+    @property
+    def struct(self) -> Struct: ...
+
+    def search(self, unit: mx.array) -> tuple[mx.array, mx.array]:
+        """unit: float32 [..., d], root mean square 1 -> (codes below 2^bits, float32 levels), both [..., d]."""
+
+    def levels(self, code: mx.array) -> mx.array:
+        """uint8 codes [..., d] -> float32 levels."""
+
+
+def dot(a: mx.array, b: mx.array) -> mx.array:
+    """⟨a, b⟩ over the last axis, d a multiple of 8, [..., d] -> [..., 1], in the kernels' order of sums: eight partial
+    sums of every eighth product, then neighbours among the eight."""
+    product = (a * b).reshape(*a.shape[:-1], -1, 8)
+    part = product[..., 0, :]
+    for i in range(1, product.shape[-2]):
+        part = part + product[..., i, :]
+    while part.shape[-1] > 1:
+        part = part[..., 0::2] + part[..., 1::2]
+    return part
+
+
+class RotatedCodec:
+    """Rotate, normalise, quantize every coordinate, keep one least-squares float16 scale.
+
+    The scale is ⟨c, y⟩ / ⟨c, c⟩ for levels c and rotated vector y: the best for squared error, whatever the levels.
+    A zero vector decodes to zero. Every sum and product is rounded in the order the encode kernel has: on a CPU, the
+    bits are the same. Source of the form: TurboQuant (arXiv 2504.19874), without its QJL residual.
     """
 
-    def __init__(self, name: str, index_bits: int, dim: int, rotation: Rotation) -> None:
-        self.name, self.dim, self.index_bits = name, dim, index_bits
-        word_bits(dim)
-        self.rotation = rotation
-        levels = lloyd_max(index_bits, dim)
-        half = levels[len(levels) // 2 :]
-        self.levels = mx.array(levels, mx.float32)
-        self.cuts = tuple((a + b) / 2 for a, b in pairwise(half))
-        mx.eval(self.levels)
+    def __init__(self, name: str, dim: int, rotation: Rotation, quantizer: Quantizer) -> None:
+        self.name, self.dim, self.index_bits = name, dim, quantizer.bits
+        fields.units(dim, quantizer.bits)
+        self.rotation, self.quantizer = rotation, quantizer
 
     @property
     def bits(self) -> float:
         return self.index_bits + 16 / self.dim
 
+    @property
+    def kernel(self) -> KernelSpec:
+        r = self.rotation
+        return KernelSpec(self.quantizer.struct, r.struct, r.table, r.inverse_table, r.root)
+
     def encode(self, x: mx.array) -> Packed:
         y = self.rotate(x.astype(mx.float32))
-        power = (y * y).mean(-1, keepdims=True)
-        unit = mx.abs(y) * mx.where(power > 0, mx.rsqrt(power), 0.0)
-        above = mx.zeros(y.shape, mx.uint32)
-        for cut in self.cuts:
-            above = above + (unit > cut)
-        half = 1 << (self.index_bits - 1)
-        index = mx.where(y >= 0, half + above, half - 1 - above)
-        c = self.levels[index]
-        scale = (c * y).sum(-1) / (c * c).sum(-1)
-        return Packed(pack(index, self.index_bits), mx.minimum(scale, SCALE_MAX).astype(mx.float16))
+        power = dot(y, y) * float(np.float32(1) / np.float32(self.dim))
+        unit = y * mx.where(power > 0, 1 / mx.sqrt(power), 0.0)
+        code, c = self.quantizer.search(unit)
+        scale = (dot(c, y) / dot(c, c))[..., 0]
+        return Packed(fields.pack(code, self.index_bits), mx.minimum(scale, SCALE_MAX).astype(mx.float16))
 
     def decode_rotated(self, packed: Packed) -> mx.array:
-        return self.levels[unpack(packed.planes)] * packed.scale[..., None].astype(mx.float32)
+        code = fields.unpack(packed.words, self.index_bits, self.dim)
+        return self.quantizer.levels(code) * packed.scale[..., None].astype(mx.float32)
 
     def decode(self, packed: Packed) -> mx.array:
         return self.unrotate(self.decode_rotated(packed))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from .base import Codec, ScalarCodec
+from .base import Codec, RotatedCodec
 from .rotation import hadamard
+from .scalar import Scalar
 
 SEED = 42
 
 
 def _make(bits: int, dim: int) -> Codec:
-    return ScalarCodec(f"turbo{bits}", bits, dim, hadamard(dim, SEED))
+    return RotatedCodec(f"turbo{bits}", dim, hadamard(dim, SEED), Scalar(bits, dim))
 
 
 CODECS = {f"turbo{bits}": (lambda dim, bits=bits: _make(bits, dim)) for bits in (2, 3, 4)}

@@ -52,9 +52,9 @@ def bytes_per_further_token(cache: Sequence[Any]) -> float | None:
     for c in cache:
         if isinstance(c, RotorCache):
             for body in (c.body_k, c.body_v):
-                if body.planes is None:
+                if not body.room:
                     return None
-                total += body.nbytes / body.planes.shape[2]
+                total += body.nbytes / body.room
         elif isinstance(getattr(c, "keys", None), mx.array) and not (
             hasattr(c, "max_size") or hasattr(c, "chunk_size")
         ):

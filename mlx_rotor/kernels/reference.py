@@ -10,6 +10,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from .runs import PackedRun, PackedSide
+from .sight import Sight, held_by
+
 # Elements of one score tile: bounds a tile's scores at 16 MiB and its keys at a few thousand tokens.
 TILE_SCORES = 1 << 22
 MIN_TILE, MAX_TILE = 64, 4096
@@ -32,25 +35,16 @@ class Run(Protocol):
     def unrotate_output(self, o: mx.array) -> mx.array: ...
 
 
-def _tiles(length: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, size):
-        yield start, min(start + size, length)
+def dequantize(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
+    """Tokens start .. stop of a packed side in the model's basis, [B, H, stop - start, D]."""
+    if start == stop:
+        return mx.zeros((*side.tiles.shape[:2], 0, side.codec.dim), dtype)
+    return side.codec.decode(side.packed(start, stop)).astype(dtype)
 
 
-def _mask_tile(
-    mask: mx.array | str | None, first: int, start: int, stop: int, rows: int, total: int
-) -> mx.array | None:
-    """The part of a mask that covers tokens first + start .. first + stop, as an array, or None where all are seen."""
-    if mask is None:
-        return None
-    lo, hi = first + start, first + stop
-    if isinstance(mask, str):
-        if mask != "causal":
-            raise ValueError(f"unknown mask {mask!r}")
-        if hi <= total - rows + 1:
-            return None
-        return mx.arange(total - rows, total)[:, None] >= mx.arange(lo, hi)[None]
-    return mask if mask.shape[-1] == 1 else mask[..., lo:hi]
+def _tiles(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, stop, size):
+        yield at, min(at + size, stop)
 
 
 def attend(
@@ -60,6 +54,8 @@ def attend(
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
+    window: int | None = None,
+    lengths: mx.array | None = None,
 ) -> mx.array:
     """Attention of q over consecutive runs, tile by tile with an online softmax: nothing as long as the past is made.
 
@@ -69,14 +65,18 @@ def attend(
         scale: multiplies the scores.
         mask: None, "causal", boolean (True is seen) or additive, broadcastable to [B, Hq, L, S].
         sinks: [Hq] attention-sink logits, which take softmax mass and no value.
+        window: a query at position p sees positions above p - window only; None: all.
+        lengths: int32 [B, 3], for batches of unequal rows: how many tokens of sinks, body and recent tokens each row
+            holds, from each run's first. q's rows are then the last L of the row's own tokens; positions before its
+            first see nothing. A mask's columns stay the S slots.
 
     Returns:
         [B, Hq, L, Dv] in q's dtype. A row that sees nothing is zero.
     """
     B, heads, L, D = q.shape
-    runs = [r for r in runs if r.length]
-    total = sum(r.length for r in runs)
-    kv_heads = runs[0].keys(0, 1).shape[1]
+    held = None if lengths is None else held_by([isinstance(run, PackedRun) for run in runs], lengths)
+    sight = Sight(L, [run.length for run in runs], mask, window, held)
+    kv_heads = next(run.keys(0, 1).shape[1] for run in runs if run.length)
     group = heads // kv_heads
     queries = (q.astype(mx.float32) * scale).reshape(B, kv_heads, group * L, D)
     size = max(MIN_TILE, min(MAX_TILE, TILE_SCORES // (B * heads * L)))
@@ -88,13 +88,12 @@ def attend(
         top = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, heads, 1, 1), (B, heads, L, 1))
         mass = mx.ones((B, heads, L, 1))
     out: mx.array | None = None
-    first = 0
-    for run in runs:
+    for nth, run in enumerate(runs):
         rotated = run.rotate_query(queries)
         part: mx.array | None = None
-        for start, stop in _tiles(run.length, size):
+        for start, stop in _tiles(sight.first(nth), run.length, size):
             scores = (rotated @ run.keys(start, stop).swapaxes(-1, -2)).reshape(B, heads, L, stop - start)
-            seen = _mask_tile(mask, first, start, stop, L, total)
+            seen = sight.part(nth, start, stop)
             if seen is not None:
                 scores = mx.where(seen, scores, -mx.inf) if seen.dtype == mx.bool_ else scores + seen
             new_top = mx.maximum(top, scores.max(-1, keepdims=True))
@@ -102,15 +101,17 @@ def attend(
             shift = mx.where(new_top == -mx.inf, 0.0, new_top)
             keep, weights = mx.exp(top - shift), mx.exp(scores - shift)
             mass = mass * keep + weights.sum(-1, keepdims=True)
-            weighted = weights.reshape(B, kv_heads, group * L, stop - start) @ run.values(start, stop)
+            values, empty = run.values(start, stop), sight.empty(nth, start, stop)
+            if empty is not None:
+                values = mx.where(empty, 0.0, values)  # Zero weight does not hide what is no number.
+            weighted = weights.reshape(B, kv_heads, group * L, stop - start) @ values
             weighted = weighted.reshape(B, heads, L, -1)
             part = weighted if part is None else part * keep + weighted
             out = None if out is None else out * keep
             top = new_top
-        first += run.length
-        assert part is not None
-        # The basis of a run's values is undone once a run, not once a token.
-        restored = run.unrotate_output(part)
-        out = restored if out is None else out + restored
+        if part is not None:
+            # The basis of a run's values is undone once a run, not once a token.
+            restored = run.unrotate_output(part)
+            out = restored if out is None else out + restored
     assert out is not None
     return (out / mx.where(mass > 0, mass, 1.0)).astype(q.dtype)

@@ -56,16 +56,25 @@ def names(folder: Traversable | None = None) -> tuple[str, ...]:
     return tuple(sorted(_walk(folder or root(), "")))
 
 
-@cache
 def load(path: str, folder: Traversable | None = None) -> Source:
     """Reads `path` (relative to `folder`, default `root()`) and inlines each local `#include "..."` once.
 
     A local include is looked up beside the file that names it, as the Metal compiler does; `#include <...>` stays.
     Raises RotorError, naming the file and line, for a missing source, an include that leaves the folder or a cycle.
     """
+    return join((path,), folder)
+
+
+def join(paths: Sequence[str], folder: Traversable | None = None) -> Source:
+    """Several sources one behind another, a file that more than one of them includes only once. Raises as `load`."""
     done: list[str] = []
-    text = _inline(posixpath.normpath(path), folder or root(), done, (), "")
-    return Source(done[-1], text, tuple(done), hashlib.sha256(text.encode()).hexdigest())
+    text = ""
+    for path in paths:
+        if (name := posixpath.normpath(path)) not in done:
+            text += _inline(name, folder or root(), done, (), "")
+    return Source(
+        " ".join(map(posixpath.normpath, paths)), text, tuple(done), hashlib.sha256(text.encode()).hexdigest()
+    )
 
 
 def _walk(folder: Traversable, prefix: str) -> Iterator[str]:

@@ -53,6 +53,7 @@ def test_every_token_comes_back(chunks, sinks, ring, block):
     assert mx.array_equal(again_k, k) and mx.array_equal(again_v, v)
     assert cache.ring_length <= ring + block
     assert cache.body_k.length >= total - sinks - ring - block
+    assert cache.body_k.length % block == 0 == cache.body_v.length % block
 
 
 def test_exact_parts_are_bit_exact_and_the_body_is_the_codecs():
@@ -63,8 +64,8 @@ def test_exact_parts_are_bit_exact_and_the_body_is_the_codecs():
     for got, x, name in ((got_k, k, "turbo4"), (got_v, v, "turbo2")):
         c = codec.get(name, 128)
         assert mx.array_equal(got[:, :, :4], x[:, :, :4])
-        assert mx.array_equal(got[:, :, -128:], x[:, :, -128:])
-        assert mx.allclose(got[:, :, 4:-128], c.decode(c.encode(x[:, :, 4:-128])), atol=1e-5)
+        assert mx.array_equal(got[:, :, 260:], x[:, :, 260:])  # at least 128, the body being whole blocks of 32
+        assert mx.allclose(got[:, :, 4:260], c.decode(c.encode(x[:, :, 4:260])), atol=1e-5)
 
 
 def test_a_chunk_sees_itself_exact():
@@ -78,11 +79,12 @@ def test_nbytes_is_every_byte_to_the_byte():
     cache = RotorCache("turbo4", "turbo2")
     assert cache.nbytes == 0
     feed(cache, k, v, [1000])
-    body = 1000 - 4 - 128
+    body = (1000 - 4 - 128) // 32 * 32
     held = body + body // 8
     room = -(-held // 256) * 256
+    ring = -(-(1000 - 4 - body) // 32) * 32
     per_token = B * H * 128 * (codec.get("turbo4", 128).bits + codec.get("turbo2", 128).bits) / 8
-    exact = B * H * 128 * 4 * 2 * (4 + 128)
+    exact = B * H * 128 * 4 * 2 * (4 + ring)
     assert cache.nbytes == exact + room * per_token
     assert cache.elements == 2 * B * H * 128 * 1000
 
@@ -137,9 +139,17 @@ def test_saves_and_loads_as_mlx_lm_does(tmp_path):
         assert mx.array_equal(a, b)
 
 
-def test_a_foreign_state_is_refused():
-    with pytest.raises(RotorError, match="format"):
-        RotorCache.from_state([mx.zeros((1,))])
+def test_prefill_keeps_the_body_in_whole_tiles():
+    k, v = tokens(600)
+    cache = RotorCache("raw32", "raw32")
+    for n, ring in ((200, 132), (100, 136), (1, 137), (299, 148)):
+        feed(cache, k[:, :, cache.offset :], v[:, :, cache.offset :], [n])
+        assert (cache.body_k.length % 32, cache.ring_length) == (0, ring)
+    cache.trim(200)
+    assert cache.body_k.length % 32 and cache.ring_length == 0
+    feed(cache, k[:, :, 400:], v[:, :, 400:], [200])
+    assert cache.body_k.length % 32 == 0
+    assert mx.array_equal(cache.keys_and_values()[0], k)
 
 
 def test_runs_on_another_thread():

@@ -11,6 +11,9 @@ from mlx_rotor.cache import Scheme, parse
         ("turbo4v2", "turbo4", "turbo2"),
         ("k=turbo4,v=turbo3", "turbo4", "turbo3"),
         ("v=turbo2, k=turbo3", "turbo3", "turbo2"),
+        ("trellis3", "trellis3", "trellis3"),
+        ("rotor4v3", "rotor4", "rotor3"),
+        ("k=trellis4,v=iso3", "trellis4", "iso3"),
     ],
 )
 def test_names(text, k, v):
@@ -31,7 +34,7 @@ def test_parts_override_defaults():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("nope", "turbo4v2"),
+        ("nope", "turbo4v2, or k=turbo4,v=iso3"),
         ("turbo9", "unknown KV scheme"),
         ("turbo4v9", "unknown KV scheme"),
         ("", "unknown KV scheme"),

@@ -1,12 +1,14 @@
 """The attention twin against NumPy's softmax over concatenated keys, and against MLX's own attention."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rotor import RotorError, kernels
-from mlx_rotor.cache.rows import ExactRun
-from mlx_rotor.kernels import reference
+from mlx_rotor import codec
+from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, reference
+from mlx_rotor.kernels.encoding import encode_reference
 
 
 def runs(lengths, kv_heads, d, dv, seed=0):
@@ -96,7 +98,133 @@ def test_dtype_is_the_queries():
     assert reference.attend(mx.ones((2, 2, 1, 32), mx.bfloat16), parts, scale=1.0).dtype == mx.bfloat16
 
 
-def test_an_unknown_backend_is_named(monkeypatch):
-    monkeypatch.setenv("MLX_ROTOR_BACKEND", "vulkan")
-    with pytest.raises(RotorError, match="vulkan"):
-        kernels.attend(mx.ones((2, 2, 1, 32)), runs([3], 2, 32, 32), scale=1.0)
+def packed_runs(lengths, kv_heads, d, name="turbo4"):
+    """Sinks, a packed body and recent tokens, and what attention of them must see: the body decoded."""
+    sink, middle, recent = runs(lengths, kv_heads, d, d)
+    c = codec.get(name, d)
+    sides = [PackedSide(c, *encode_reference(c, x)) for x in (middle.k, middle.v)]
+    shown = ExactRun(*(c.decode(side.packed(0, lengths[1])) for side in sides))
+    return [sink, PackedRun(lengths[1], *sides), recent], [sink, shown, recent]
+
+
+def sight(slots, lengths, rows, causal, window):
+    """Which slots the queries of each batch row see, one by one from the definition: bool [B, 1, rows, sum(slots)]."""
+    seen = np.zeros((len(lengths), 1, rows, sum(slots)), bool)
+    for b, held in enumerate(lengths):
+        for row in range(rows):
+            query, position, slot = sum(held) - rows + row, 0, 0
+            for run, size in enumerate(slots):
+                for i in range(size):
+                    if i < held[run] and query >= 0:
+                        near = window is None or position > query - window
+                        seen[b, 0, row, slot + i] = near and (position <= query or not causal)
+                        position += 1
+                slot += size
+    return seen
+
+
+@pytest.mark.parametrize("window", [1, 4, 20, 44, 1000])
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "add"])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_windows(tile, window, mask, rows):
+    slots = [3, 30, 11]
+    stored, parts = packed_runs(slots, 2, 64)
+    rng = np.random.default_rng(3)
+    q = mx.array(rng.standard_normal((2, 6, rows, 64)).astype(np.float32))
+    seen = sight(slots, [slots] * 2, rows, mask == "causal", window)
+    given, add = mask, None
+    if mask == "bool":
+        given = rng.random((2, 1, rows, 44)) < 0.7
+        seen, given = seen & given, mx.array(given)
+    elif mask == "add":
+        add = rng.standard_normal((rows, 44)).astype(np.float32)
+        given = mx.array(add)
+    out = reference.attend(q, stored, scale=0.3, mask=given, window=window)
+    assert np.allclose(np.array(out), expected(q, parts, 0.3, seen, add), atol=3e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("lengths", [[[3, 30, 11], [3, 30, 11]], [[3, 30, 2], [1, 0, 0]], [[2, 9, 4], [3, 0, 11]]])
+def test_ragged_rows(tile, lengths, window, rows):
+    slots = [3, 30, 11]
+    stored, parts = packed_runs(slots, 2, 64)
+    rng = np.random.default_rng(4)
+    q = mx.array(rng.standard_normal((2, 6, rows, 64)).astype(np.float32))
+    sinks = mx.array(rng.standard_normal(6).astype(np.float32))
+    seen = sight(slots, lengths, rows, True, window)
+    also = rng.random((2, 1, rows, 44)) < 0.8
+    for kwargs, truth in (
+        ({"mask": "causal"}, {"seen": seen}),
+        ({"mask": "causal", "sinks": sinks}, {"seen": seen, "sinks": sinks}),
+        ({"mask": mx.array(also)}, {"seen": also & sight(slots, lengths, rows, False, window)}),
+        ({"mask": None}, {"seen": sight(slots, lengths, rows, False, window)}),
+    ):
+        out = reference.attend(q, stored, scale=0.3, window=window, lengths=mx.array(lengths, mx.int32), **kwargs)
+        assert np.allclose(np.array(out), expected(q, parts, 0.3, **truth), atol=3e-5), truth.keys()
+
+
+def test_slots_that_a_row_does_not_hold_may_hold_anything():
+    slots, lengths = [3, 30, 11], [[3, 30, 7], [2, 0, 0]]
+    stored, parts = packed_runs(slots, 2, 64)
+    q, held = mx.random.normal((2, 4, 2, 64)), mx.array(lengths, mx.int32)
+    expected = reference.attend(q, stored, scale=0.3, mask="causal", lengths=held)
+    rubbish = []
+    for run, part, column in zip(stored, parts, range(3), strict=True):
+        behind = (mx.arange(part.length) >= held[:, column][:, None])[:, None]
+        if isinstance(run, ExactRun):
+            rubbish.append(ExactRun(*(mx.where(behind[..., None], mx.nan, x) for x in (run.k, run.v))))
+        else:
+            behind = mx.pad(behind, [(0, 0), (0, 0), (0, 2)], constant_values=True)
+            sides = [PackedSide(s.codec, s.tiles, mx.where(behind, mx.nan, s.scale)) for s in (run.k, run.v)]
+            rubbish.append(PackedRun(run.length, *(replace(s, scale=s.scale.astype(mx.float16)) for s in sides)))
+    out = reference.attend(q, rubbish, scale=0.3, mask="causal", lengths=held)
+    assert mx.array_equal(out, expected)
+
+
+def test_a_ragged_batch_is_its_rows_one_by_one():
+    slots, lengths = [3, 30, 11], [[3, 30, 7], [2, 0, 0]]
+    stored, parts = packed_runs(slots, 2, 64)
+    q = mx.random.normal((2, 4, 2, 64))
+    out = reference.attend(q, stored, scale=0.3, mask="causal", lengths=mx.array(lengths, mx.int32))
+    for b, held in enumerate(lengths):
+        own = [ExactRun(p.k[b : b + 1, :, :n], p.v[b : b + 1, :, :n]) for p, n in zip(parts, held, strict=True)]
+        alone = reference.attend(q[b : b + 1], own, scale=0.3, mask="causal")
+        assert mx.allclose(out[b : b + 1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("present", "columns"),
+    [([0, 1], [0, 1]), ([1, 2], [1, 2]), ([0, 2], [0, 2]), ([1], [1]), ([0], [0]), ([2], [2])],
+)
+def test_lengths_find_the_runs_that_are_there(present, columns):
+    slots = [4, 20, 8]
+    stored, parts = packed_runs(slots, 2, 64)
+    held = [[n if i in columns else 0 for i, n in enumerate(row)] for row in ([2, 11, 5], [4, 20, 8])]
+    q = mx.random.normal((2, 4, 1, 64))
+    out = reference.attend(q, [stored[i] for i in present], scale=0.3, lengths=mx.array(held, mx.int32))
+    own = [slots[i] for i in present]
+    seen = sight(own, [[row[i] for i in present] for row in held], 1, True, None)
+    assert np.allclose(np.array(out), expected(q, [parts[i] for i in present], 0.3, seen), atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["turbo4", "trellis3", "rotor2"])
+def test_dequantize_is_the_codecs_decode(name):
+    x = mx.random.normal((2, 3, 70, 80))
+    c = codec.get(name, 80)
+    side = PackedSide(c, *encode_reference(c, x))
+    whole = c.decode(c.encode(x))
+    for start, stop in ((0, 70), (33, 60), (31, 32), (5, 5)):
+        part = reference.dequantize(side, start, stop, mx.float16)
+        assert part.shape == (2, 3, stop - start, 80) and part.dtype == mx.float16
+        assert mx.allclose(part, whole[:, :, start:stop].astype(mx.float16), atol=2e-3)
+
+
+def test_what_no_attention_can_mean_is_refused():
+    q, parts = mx.ones((2, 2, 1, 32)), runs([3, 3, 3, 3], 2, 32, 32)
+    with pytest.raises(ValueError, match="window"):
+        reference.attend(q, parts, scale=1.0, window=0)
+    with pytest.raises(ValueError, match="unknown mask 'diagonal'"):
+        reference.attend(q, parts, scale=1.0, mask="diagonal")
+    with pytest.raises(ValueError, match="4 runs"):
+        reference.attend(q, parts, scale=1.0, lengths=mx.zeros((2, 3), mx.int32))

@@ -5,6 +5,7 @@ A mode says how code is compiled:
 * `fast`: optimised, nothing watched; an access out of bounds ends the process.
 * `count`: loads and stores are reported to the runtime, for traffic figures.
 * `check`: those, and stack variables, undefined behaviour, values never written.
+* `arithmetic`: optimised, not vectorised, for any x86-64-v3; every block of code counts how often it runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import tools
+from . import arithmetic, tools
 from .rewrite import rewrite
 
 HERE = Path(__file__).parent
@@ -35,8 +36,8 @@ LANGUAGE = [
 COMMON = ["-march=native", "-fno-math-errno", "-fPIC"]
 
 
-def _llvm(*options: str) -> list[str]:
-    return [word for option in options for word in ("-mllvm", f"-asan-{option}")]
+def _llvm(*options: str, prefix: str = "-asan-") -> list[str]:
+    return [word for option in options for word in ("-mllvm", f"{prefix}{option}")]
 
 
 # The kernel flavour of the address sanitizer calls a function per access, of any size, and brings no runtime.
@@ -55,7 +56,18 @@ MODES = {
         "-fsanitize=array-bounds,shift,integer-divide-by-zero,float-cast-overflow,signed-integer-overflow",
         *("-fsanitize-recover=all", "-ftrivial-auto-var-init=pattern"),
     ],
+    # As a GPU's compiler: everything inlined, loops of known length unrolled, no table for a switch. The address spaces
+    # get numbers, which the processor ignores.
+    "arithmetic": [
+        *("-march=x86-64-v3", "-fno-math-errno", "-fPIC", "-O2", "-DMSL_COUNTED"),
+        *("-fno-vectorize", "-fno-slp-vectorize", "-fno-jump-tables", "-Xclang", "-ffake-address-space-map"),
+        *_llvm("inline-threshold=100000", "unroll-threshold=4000", "unroll-runtime=false", prefix="-"),
+        *_llvm("unroll-allow-partial=false", "disable-loop-idiom-all", "indvars-widen-indvars=false", prefix="-"),
+    ],
 }
+# From LLVM's text to machine code, and no pass over the counters.
+CODE = ["-target", "x86_64-linux-gnu", "-march=x86-64-v3", "-fPIC", "-O1", "-Xclang", "-disable-llvm-passes"]
+COUNTING = ("arithmetic.py", "operations.py", "ir.py")
 LINK = ["-shared", "-O2", "-fno-sanitize=all"]
 
 
@@ -117,11 +129,20 @@ def library(text: str, mode: str) -> Path:
     flags = front_end(mode)
 
     def make(path: Path) -> None:
-        (path.parent / KERNEL_FILE).write_text(text)
-        tools.compile([*tools.clang(), *flags, "-w", "-c", KERNEL_FILE, "-o", "kernel.o"], path.parent)
-        tools.compile([*tools.cxx(), *LINK, "-o", str(path), "kernel.o", "-lm", "-Wl,-z,now"], path.parent)
+        folder = path.parent
+        (folder / KERNEL_FILE).write_text(text)
+        if mode == "arithmetic":
+            tools.compile([*tools.clang(), *flags, "-w", "-S", "-emit-llvm", KERNEL_FILE, "-o", "plain.ll"], folder)
+            (folder / "kernel.ll").write_text(arithmetic.instrument((folder / "plain.ll").read_text()))
+            tools.compile([*tools.clang(), *CODE, "-w", "-c", "kernel.ll", "-o", "kernel.o"], folder)
+        else:
+            tools.compile([*tools.clang(), *flags, "-w", "-c", KERNEL_FILE, "-o", "kernel.o"], folder)
+        tools.compile([*tools.cxx(), *LINK, "-o", str(path), "kernel.o", "-lm", "-Wl,-z,now"], folder)
 
-    return kept(f"{text}\n{flags} {LINK}", ".so", make)
+    key = f"{text}\n{flags} {LINK}"
+    if mode == "arithmetic":
+        key = "\n".join([key, f"{CODE}", *((HERE / name).read_text() for name in COUNTING)])
+    return kept(key, ".so", make)
 
 
 @cache

@@ -67,13 +67,14 @@ def dispatch(
         "runtime": str(build.runtime()),
         "kernel": str(library),
         "buffers": [_packed(b, options.offsets.get(b.name, 0)) for b in buffers],
+        "blocks": options.mode == "arithmetic",
         "launch": {
             "grid": tuple(grid),
             "threadgroup": tuple(min(pair) for pair in zip(threadgroup, grid, strict=True)),
             "order": ORDERS.index(options.order),
             "seed": options.seed,
             "check": options.mode == "check",
-            "count": options.mode != "fast",
+            "count": options.mode in ("count", "check"),
             "flush_denormals": options.flush_denormals,
         },
     }

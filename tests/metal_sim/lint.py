@@ -15,6 +15,8 @@ PLACE = re.compile(
     rf"{re.escape(build.KERNEL_FILE)}:(\d+):\d+|\bline:(\d+):\d+|(?:<|, |> )([^\s<>,:]+\.(?:h|clcpp)):(\d+):\d+"
 )
 FLAGS = ["-fsyntax-only", "-Wconversion", "-Wno-sign-conversion", "-Wno-implicit-int-conversion"]
+# A function, and whether the compiler made it: a copy constructor takes a reference that nobody wrote.
+FUNCTION = re.compile(r"\b(?:Function|CXXMethod|CXXConstructor|CXXDestructor|CXXConversion)Decl\b(.*)")
 DUMP = ["-Xclang", "-ast-dump", "-fno-color-diagnostics"]
 
 
@@ -46,8 +48,10 @@ def _messages(stderr: str) -> list[tuple[int, str]]:
 def _nodes(dump: str) -> list[tuple[int, str]]:
     """Rules on the syntax tree. The dump names a file or line only where it changes."""
     found = []
-    line, ours = 0, False
+    line, ours, generated = 0, False, False
     for text in dump.splitlines():
+        if function := FUNCTION.search(text):
+            generated = " implicit " in function[1]
         for in_kernel, same_file, other, other_line in PLACE.findall(text):
             if in_kernel:
                 line, ours = int(in_kernel), True
@@ -57,7 +61,7 @@ def _nodes(dump: str) -> list[tuple[int, str]]:
                 ours = other.endswith(build.KERNEL_FILE)
                 line = int(other_line) if ours else line
         node = NODE.search(text)
-        if node and ours and (message := _rule(node[1], node[3])):
+        if node and ours and not (generated and node[1] == "ParmVarDecl") and (message := _rule(node[1], node[3])):
             found.append((line, message))
     return found
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .arithmetic import summed
 from .build import KERNEL_FILE
 
 LINE_BYTES = 128
+SIMDGROUP = 32  # lanes
 OUT_OF_BOUNDS, WILD, RACE_THREADGROUP, RACE_DEVICE, UNINITIALISED, MISALIGNED = range(1, 7)
 READ_ONLY, EXITED_LANES, UNWRITTEN = 13, 10, 16
 KINDS = {
@@ -69,13 +71,21 @@ class Access:
 
 @dataclass(frozen=True)
 class Report:
-    """One dispatch. `errors` are bugs; `notes` are legal on some GPUs only. Both say what, where and which thread."""
+    """One dispatch. `errors` are bugs; `notes` are legal on some GPUs only. Both say what, where and which thread.
+
+    `operations`, in mode arithmetic: kind of operation -> how many lanes did one; `overhead` is the part of them that
+    only makes addresses and branches. `issued` counts 32 lanes for each simdgroup that did one, idle lanes and all:
+    where lanes part, as often as the lane that did most. operations.py has the kinds.
+    """
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     buffers: dict[str, Traffic] = field(default_factory=dict)
     accesses: list[Access] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    operations: dict[str, int] = field(default_factory=dict)
+    overhead: dict[str, int] = field(default_factory=dict)
+    issued: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     def findings(self) -> list[str]:
@@ -106,6 +116,7 @@ def make_report(happened: dict, library: Path, buffers: Sequence[tuple[str, int]
         total = lines.setdefault((where(a["pc"]), name, bool(a["store"])), [0, 0, 0, 0])
         for i, key in enumerate(("bytes", "simd_accesses", "lines", "ideal_lines")):
             total[i] += a[key]
+    blocks = happened["blocks"]
     words = [(f["kind"], _in_words(f, buffers, where, label)) for f in happened["findings"]]
     return Report(
         errors=[text for kind, text in words if kind != EXITED_LANES],
@@ -118,6 +129,9 @@ def make_report(happened: dict, library: Path, buffers: Sequence[tuple[str, int]
         },
         accesses=[Access(*key, *total) for key, total in sorted(lines.items(), key=lambda item: -item[1][2])],
         counts=happened["counts"],
+        operations=summed((mix, lanes) for mix, _, lanes, _ in blocks),
+        overhead=summed((part, lanes) for _, part, lanes, _ in blocks),
+        issued=summed((mix, SIMDGROUP * times) for mix, _, _, times in blocks),
         seconds=happened["seconds"],
     )
 

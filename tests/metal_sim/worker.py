@@ -4,6 +4,7 @@ Imports nothing of the package, nor NumPy: a process starts in a few hundredths 
 """
 
 import ctypes
+import json
 import pickle
 import sys
 import time
@@ -55,7 +56,7 @@ class Launch(ctypes.Structure):
     _fields_ = (
         *(("entry", ctypes.c_void_p), ("buffers", ctypes.c_void_p), ("buffer_count", u32)),
         *(("grid", u32 * 3), ("threadgroup", u32 * 3), ("order", u32), ("seed", u32), ("check", u32), ("count", u32)),
-        *(("constants_at", u64), ("constants_size", u64), ("flush_denormals", u32)),
+        *(("constants_at", u64), ("constants_size", u64), ("flush_denormals", u32), ("blocks", u32)),
     )
 
 
@@ -77,6 +78,11 @@ def mapped(path: str) -> tuple[int, int]:
     return int(ranges[0][0], 16), int(ranges[-1][1], 16)
 
 
+def counted(kernel: ctypes.CDLL) -> list[list[dict]]:
+    """Of each block of code that counts its runs: what it takes, which part of that is overhead (see arithmetic.py)."""
+    return json.loads(ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(kernel, "__msl_mixes"))))
+
+
 def run(job: dict) -> dict:
     runtime = ctypes.CDLL(job["runtime"], mode=ctypes.RTLD_GLOBAL)
     runtime.msl_buffer.restype = u64
@@ -92,12 +98,14 @@ def run(job: dict) -> dict:
             if writable:
                 runtime.msl_mark_init(i)
     addresses = (u64 * max(1, len(places)))(*places)
+    blocks = counted(kernel) if job["blocks"] else []
     launch = Launch(
         entry=ctypes.cast(kernel.__msl_entry, ctypes.c_void_p).value,
         buffers=ctypes.addressof(addresses),
         buffer_count=len(places),
         constants_at=low,
         constants_size=high - low,
+        blocks=len(blocks),
         **job["launch"],
     )
     start = time.perf_counter()
@@ -110,6 +118,8 @@ def run(job: dict) -> dict:
     used = runtime.msl_pcs(accesses, len(accesses))
     counts, traffic = Counts(), (BufferTraffic * max(1, len(places)))()
     runtime.msl_stats(ctypes.byref(counts), traffic)
+    lanes, simdgroups = ((u64 * max(1, len(blocks)))() for _ in range(2))
+    runtime.msl_blocks(lanes, simdgroups)
     buffers = zip(places, job["buffers"], strict=True)
     return {
         "seconds": seconds,
@@ -117,6 +127,7 @@ def run(job: dict) -> dict:
         "findings": [plain(f) for f in findings[:found]],
         "accesses": [plain(a) for a in accesses[:used] if a.accesses],
         "counts": plain(counts),
+        "blocks": [(*mix, lanes[i], simdgroups[i]) for i, mix in enumerate(blocks)],
         "traffic": [plain(t) for t in traffic[: len(places)]],
         "outputs": [ctypes.string_at(at, size) for at, (_, size, _, writable, *_) in buffers if writable],
     }

@@ -15,12 +15,12 @@ typedef atomic<uint> atomic_uint;
 typedef atomic<bool> atomic_bool;
 typedef atomic<ulong> atomic_ulong;
 typedef atomic<float> atomic_float;
-template <class T> MSL_FN T __msl_ld(ulong p) {
+template <class T> MSL_OP T __msl_ld(ulong p) {
   T v;
   __msl_atomic(p, &v, sizeof(T), 0);
   return v;
 }
-template <class T> MSL_FN void __msl_st(ulong p, T v, uint rmw) {
+template <class T> MSL_OP void __msl_st(ulong p, T v, uint rmw) {
   static_assert(!is_same_v<T, ulong>, "MSL's atomic_ulong has only atomic_max/min_explicit");
   __msl_atomic(p, &v, sizeof(T), 1 + rmw);
 }

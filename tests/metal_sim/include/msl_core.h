@@ -26,6 +26,13 @@
 #define __METAL_PRECISE_MATH__ 1
 #define __METAL_MAYBE_FAST_MATH__ 1
 #define MSL_FN inline __attribute__((always_inline))
+#ifdef MSL_COUNTED  // mode arithmetic: what is one instruction on a GPU stays a call, told from arithmetic by its name
+#define MSL_OP inline __attribute__((noinline))
+#define MSL_LANES MSL_OP __attribute__((const))  // exchanges values between lanes, touches no memory of the kernel's
+#else
+#define MSL_OP MSL_FN
+#define MSL_LANES MSL_FN
+#endif
 #define INFINITY __builtin_inff()
 #define HUGE_VALF __builtin_inff()
 #define NAN __builtin_nanf("")
@@ -188,8 +195,8 @@ struct os_log {
 };
 template <class T, size_t N> struct array {
   T __e[N];
-  thread T& operator[](size_t i) { return *(thread T*)(ulong)&__e[i]; }
-  const thread T& operator[](size_t i) const { return *(const thread T*)(ulong)&__e[i]; }
+  thread T& operator[](size_t i) { return *addrspace_cast<thread T*>(&__e[i]); }
+  const thread T& operator[](size_t i) const { return *addrspace_cast<const thread T*>(&__e[i]); }
   threadgroup T& operator[](size_t i) threadgroup { return __e[i]; }
   device T& operator[](size_t i) device { return __e[i]; }
   const constant T& operator[](size_t i) const constant { return __e[i]; }

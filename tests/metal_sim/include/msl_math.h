@@ -3,30 +3,31 @@
 #pragma clang system_header
 #include "msl_limits.h"
 
+#define MSL_LIBM __attribute__((const)) float  // no errno on a GPU
 extern "C" {
-float expf(float);
-float exp2f(float);
-float exp10f(float);
-float logf(float);
-float log2f(float);
-float log10f(float);
-float sinf(float);
-float cosf(float);
-float tanf(float);
-float asinf(float);
-float acosf(float);
-float atanf(float);
-float sinhf(float);
-float coshf(float);
-float tanhf(float);
-float asinhf(float);
-float acoshf(float);
-float atanhf(float);
-float powf(float, float);
-float fmodf(float, float);
-float atan2f(float, float);
-float nextafterf(float, float);
-float ldexpf(float, int);
+MSL_LIBM expf(float);
+MSL_LIBM exp2f(float);
+MSL_LIBM exp10f(float);
+MSL_LIBM logf(float);
+MSL_LIBM log2f(float);
+MSL_LIBM log10f(float);
+MSL_LIBM sinf(float);
+MSL_LIBM cosf(float);
+MSL_LIBM tanf(float);
+MSL_LIBM asinf(float);
+MSL_LIBM acosf(float);
+MSL_LIBM atanf(float);
+MSL_LIBM sinhf(float);
+MSL_LIBM coshf(float);
+MSL_LIBM tanhf(float);
+MSL_LIBM asinhf(float);
+MSL_LIBM acoshf(float);
+MSL_LIBM atanhf(float);
+MSL_LIBM powf(float, float);
+MSL_LIBM fmodf(float, float);
+MSL_LIBM atan2f(float, float);
+MSL_LIBM nextafterf(float, float);
+MSL_LIBM ldexpf(float, int);
 float frexpf(float, int*);
 }
 // The __metal_* builtins that MLX's bf16_math.h names (last argument: math mode).

@@ -12,8 +12,8 @@ template <class T, int R, int C> struct simdgroup_matrix {
   storage_type __e;
   simdgroup_matrix() {}
   explicit simdgroup_matrix(T v) { __e = (storage_type)v; }
-  thread storage_type& thread_elements() { return *(thread storage_type*)(ulong)&__e; }
-  const thread storage_type& thread_elements() const { return *(const thread storage_type*)(ulong)&__e; }
+  thread storage_type& thread_elements() { return *addrspace_cast<thread storage_type*>(&__e); }
+  const thread storage_type& thread_elements() const { return *addrspace_cast<const thread storage_type*>(&__e); }
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
@@ -24,41 +24,48 @@ MSL_FN uint __msl_mlane(uint r, uint c) { return (r >> 2) << 4 | (c >> 2) << 3 |
 template <class T, int R = 8, int C = 8> MSL_FN simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T v) {
   return simdgroup_matrix<T, R, C>(v);
 }
-#define MSL_SGM(AS)                                                                                                 \
-  template <class T>                                                                                                \
-  MSL_FN void simdgroup_load(thread simdgroup_matrix<T, 8, 8>& d, const AS T* p, ulong ld = 8,                      \
-                             ulong2 o = (ulong2)(0ul), bool tr = false, MSL_AT) {                                   \
-    char z = 0;                                                                                                     \
-    uint l = __msl_simd(&z, 1, MSL_MMA, where)->lane;                                                               \
-    uint r = __msl_mrow(l), c = __msl_mcol(l);                                                                      \
-    for (uint e = 0; e < 2; e++) d.__e[e] = tr ? p[(o.y + c + e) * ld + o.x + r] : p[(o.y + r) * ld + o.x + c + e]; \
-  }                                                                                                                 \
-  template <class T>                                                                                                \
-  MSL_FN void simdgroup_store(simdgroup_matrix<T, 8, 8> d, AS T* p, ulong ld = 8, ulong2 o = (ulong2)(0ul),         \
-                              bool tr = false, MSL_AT) {                                                            \
-    char z = 0;                                                                                                     \
-    uint l = __msl_simd(&z, 1, MSL_MMA, where)->lane;                                                               \
-    uint r = __msl_mrow(l), c = __msl_mcol(l);                                                                      \
-    for (uint e = 0; e < 2; e++)                                                                                    \
-      if (tr)                                                                                                       \
-        p[(o.y + c + e) * ld + o.x + r] = d.__e[e];                                                                 \
-      else                                                                                                          \
-        p[(o.y + r) * ld + o.x + c + e] = d.__e[e];                                                                 \
+#define MSL_SGM(AS)                                                                                                   \
+  template <class T> MSL_OP vec<T, 2> __msl_mload(const AS T* p, ulong ld, ulong2 o, bool tr, uint where) {           \
+    char z = 0;                                                                                                       \
+    uint l = __msl_simd(&z, 1, MSL_MMA, where)->lane;                                                                 \
+    uint r = __msl_mrow(l), c = __msl_mcol(l);                                                                        \
+    vec<T, 2> v;                                                                                                      \
+    for (uint e = 0; e < 2; e++) v[e] = tr ? p[(o.y + c + e) * ld + o.x + r] : p[(o.y + r) * ld + o.x + c + e];       \
+    return v;                                                                                                         \
+  }                                                                                                                   \
+  template <class T> MSL_OP void __msl_mstore(vec<T, 2> v, AS T* p, ulong ld, ulong2 o, bool tr, uint where) {        \
+    char z = 0;                                                                                                       \
+    uint l = __msl_simd(&z, 1, MSL_MMA, where)->lane;                                                                 \
+    uint r = __msl_mrow(l), c = __msl_mcol(l);                                                                        \
+    for (uint e = 0; e < 2; e++)                                                                                      \
+      if (tr)                                                                                                         \
+        p[(o.y + c + e) * ld + o.x + r] = v[e];                                                                       \
+      else                                                                                                            \
+        p[(o.y + r) * ld + o.x + c + e] = v[e];                                                                       \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  MSL_FN void simdgroup_load(thread simdgroup_matrix<T, 8, 8>& d, const AS T* p, ulong ld = 8,                        \
+                             ulong2 o = (ulong2)(0ul), bool tr = false, MSL_AT) {                                     \
+    d.__e = __msl_mload<T>(p, ld, o, tr, where);                                                                      \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  MSL_FN void simdgroup_store(simdgroup_matrix<T, 8, 8> d, AS T* p, ulong ld = 8, ulong2 o = (ulong2)(0ul),           \
+                              bool tr = false, MSL_AT) {                                                              \
+    __msl_mstore<T>(d.__e, p, ld, o, tr, where);                                                                      \
   }
 MSL_SGM(device)
 MSL_SGM(threadgroup)
 template <class D, class A, class B, class C>
-MSL_FN void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
-                                          simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c, MSL_AT) {
+MSL_LANES vec<D, 2> __msl_mma(vec<A, 2> a, vec<B, 2> b, vec<C, 2> c, uint where) {
   struct {
     vec<A, 2> a;
     vec<B, 2> b;
   } x;
-  x.a = a.__e;
-  x.b = b.__e;
+  x.a = a;
+  x.b = b;
   __msl_slots* s = __msl_simd(&x, sizeof(x), MSL_MMA, where);
   uint r = __msl_mrow(s->lane), cc = __msl_mcol(s->lane);
-  float acc[2] = {(float)c.__e[0], (float)c.__e[1]};
+  float acc[2] = {(float)c[0], (float)c[1]};
   for (uint k = 0; k < 8; k++) {
     uint la = __msl_mlane(r, k);
     float av = (float)(*(vec<A, 2>*)s->v[la])[k & 1];
@@ -67,8 +74,15 @@ MSL_FN void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, s
       acc[e] = __builtin_fmaf(av, (float)(*(vec<B, 2>*)(s->v[lb] + sizeof(vec<A, 2>)))[(cc + e) & 1], acc[e]);
     }
   }
-  d.__e[0] = (D)acc[0];
-  d.__e[1] = (D)acc[1];
+  vec<D, 2> d;
+  d[0] = (D)acc[0];
+  d[1] = (D)acc[1];
+  return d;
+}
+template <class D, class A, class B, class C>
+MSL_FN void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
+                                          simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c, MSL_AT) {
+  d.__e = __msl_mma<D, A, B, C>(a.__e, b.__e, c.__e, where);
 }
 template <class D, class A, class B>
 MSL_FN void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,

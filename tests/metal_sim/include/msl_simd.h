@@ -137,8 +137,8 @@ MSL_FN void simdgroup_barrier(mem_flags f, MSL_AT) { __msl_sgbar((uint)f, where)
 MSL_FN void threadgroup_barrier(mem_flags f, thread_scope, MSL_AT) { __msl_tgbar((uint)f, where); }
 
 #define MSL_RED(name, op)                                                                                    \
-  template <class T> MSL_FN msl::ok_t<T> simd_##name(T x, MSL_AT) { return msl::reduce<msl::op>(x, where); } \
-  template <class T> MSL_FN msl::ok_t<T> quad_##name(T x, MSL_AT) { return msl::qreduce<msl::op>(x, where); }
+  template <class T> MSL_LANES msl::ok_t<T> simd_##name(T x, MSL_AT) { return msl::reduce<msl::op>(x, where); } \
+  template <class T> MSL_LANES msl::ok_t<T> quad_##name(T x, MSL_AT) { return msl::qreduce<msl::op>(x, where); }
 MSL_RED(sum, sum)
 MSL_RED(product, prod)
 MSL_RED(min, mn)
@@ -146,21 +146,21 @@ MSL_RED(max, mx)
 MSL_RED(and, and_)
 MSL_RED(or, or_)
 MSL_RED(xor, xor_)
-template <class T> MSL_FN msl::ok_t<T> simd_prefix_inclusive_sum(T x, MSL_AT) {
+template <class T> MSL_LANES msl::ok_t<T> simd_prefix_inclusive_sum(T x, MSL_AT) {
   return msl::scan<msl::sum>(x, true, (T)0, where);
 }
-template <class T> MSL_FN msl::ok_t<T> simd_prefix_exclusive_sum(T x, MSL_AT) {
+template <class T> MSL_LANES msl::ok_t<T> simd_prefix_exclusive_sum(T x, MSL_AT) {
   return msl::scan<msl::sum>(x, false, (T)0, where);
 }
-template <class T> MSL_FN msl::ok_t<T> simd_prefix_inclusive_product(T x, MSL_AT) {
+template <class T> MSL_LANES msl::ok_t<T> simd_prefix_inclusive_product(T x, MSL_AT) {
   return msl::scan<msl::prod>(x, true, (T)1, where);
 }
-template <class T> MSL_FN msl::ok_t<T> simd_prefix_exclusive_product(T x, MSL_AT) {
+template <class T> MSL_LANES msl::ok_t<T> simd_prefix_exclusive_product(T x, MSL_AT) {
   return msl::scan<msl::prod>(x, false, (T)1, where);
 }
 
 #define MSL_SHUF(name, args, lane_expr)                             \
-  template <class T> MSL_FN msl::ok_t<T> name args {                \
+  template <class T> MSL_LANES msl::ok_t<T> name args {                \
     __msl_slots* s = __msl_simd(&x, sizeof(T), MSL_SHUFFLE, where); \
     uint l = s->lane;                                               \
     (void)l;                                                        \
@@ -175,7 +175,7 @@ MSL_SHUF(simd_shuffle_up, (T x, ushort d, MSL_AT), l < d ? x : msl::from<T>(s, l
 MSL_SHUF(simd_shuffle_rotate_down, (T x, ushort d, MSL_AT), msl::from<T>(s, (l + d) & 31))
 MSL_SHUF(simd_shuffle_rotate_up, (T x, ushort d, MSL_AT), msl::from<T>(s, (l - d) & 31))
 #define MSL_QSHUF(name, args, lane_expr)                         \
-  template <class T> MSL_FN msl::ok_t<T> name args {             \
+  template <class T> MSL_LANES msl::ok_t<T> name args {             \
     __msl_slots* s = __msl_simd(&x, sizeof(T), MSL_QUAD, where); \
     uint l = s->lane & 3, b = s->lane & ~3u;                     \
     return msl::from<T>(s, b + (lane_expr));                     \
@@ -186,7 +186,7 @@ MSL_QSHUF(quad_shuffle_xor, (T x, ushort m, MSL_AT), (l ^ m) & 3)
 MSL_QSHUF(quad_shuffle_down, (T x, ushort d, MSL_AT), l + d > 3 ? l : l + d)
 MSL_QSHUF(quad_shuffle_up, (T x, ushort d, MSL_AT), l < d ? l : l - d)
 // fill variants: two exchanges
-template <class T> MSL_FN msl::ok_t<T> simd_shuffle_and_fill_down(T x, T f, ushort d, ushort m = 32, MSL_AT) {
+template <class T> MSL_LANES msl::ok_t<T> simd_shuffle_and_fill_down(T x, T f, ushort d, ushort m = 32, MSL_AT) {
   T a = x;
   __msl_slots* s = __msl_simd(&a, sizeof(T), MSL_SHUFFLE, where);
   uint l = s->lane;
@@ -194,7 +194,7 @@ template <class T> MSL_FN msl::ok_t<T> simd_shuffle_and_fill_down(T x, T f, usho
   __msl_slots* q = __msl_simd(&f, sizeof(T), MSL_SHUFFLE, where);
   return l % m + d < m ? own : msl::from<T>(q, l + d - m);
 }
-template <class T> MSL_FN msl::ok_t<T> simd_shuffle_and_fill_up(T x, T f, ushort d, ushort m = 32, MSL_AT) {
+template <class T> MSL_LANES msl::ok_t<T> simd_shuffle_and_fill_up(T x, T f, ushort d, ushort m = 32, MSL_AT) {
   T a = x;
   __msl_slots* s = __msl_simd(&a, sizeof(T), MSL_SHUFFLE, where);
   uint l = s->lane;
@@ -211,24 +211,24 @@ struct simd_vote {
   bool all() const { return bits == 0xffffffffu; }
   bool any() const { return bits != 0; }
 };
-MSL_FN uint __msl_ballot(bool p, uint where) {
+MSL_LANES uint __msl_ballot(bool p, uint where) {
   __msl_slots* s = __msl_simd(&p, 1, MSL_VOTE, where);
   uint r = 0;
   for (uint i = 0; i < 32; i++)
     if (s->active >> i & 1 && *(bool*)s->v[i]) r |= 1u << i;
   return r;
 }
-MSL_FN simd_vote simd_ballot(bool p, MSL_AT) { return simd_vote(__msl_ballot(p, where)); }
-MSL_FN simd_vote simd_active_threads_mask(MSL_AT) {
+MSL_LANES simd_vote simd_ballot(bool p, MSL_AT) { return simd_vote(__msl_ballot(p, where)); }
+MSL_LANES simd_vote simd_active_threads_mask(MSL_AT) {
   bool p = true;
   return simd_vote(__msl_ballot(p, where));
 }
-MSL_FN bool simd_any(bool p, MSL_AT) { return __msl_ballot(p, where) != 0; }
-MSL_FN bool simd_all(bool p, MSL_AT) {
+MSL_LANES bool simd_any(bool p, MSL_AT) { return __msl_ballot(p, where) != 0; }
+MSL_LANES bool simd_all(bool p, MSL_AT) {
   bool q = !p;
   return __msl_ballot(q, where) == 0;
 }
-MSL_FN bool simd_is_first(MSL_AT) {
+MSL_LANES bool simd_is_first(MSL_AT) {
   bool p = true;
   __msl_slots* s = __msl_simd(&p, 1, MSL_VOTE, where);
   return s->lane == (uint)__builtin_ctz(s->active);

@@ -3,6 +3,15 @@
 #include "schedule.h"
 
 extern "C" {
+// Float to bfloat, which clang calls on processors that can't, and libgcc has from 13 on. The result is the low half of
+// the register a float comes back in.
+float __truncsfbf2(float x) {
+  u32 b;
+  memcpy(&b, &x, 4);
+  b = x != x ? b >> 16 | 0x40 : (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  memcpy(&x, &b, 4);
+  return x;
+}
 void msl_init() {
   if (device_at) return;
   device_at = (u64)mmap(0, SLOT * NSLOT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -44,6 +53,9 @@ int msl_launch(const Launch* l) {
   L = *l;
   memcpy(gbufs, L.bufs, L.nbufs * 8);
   rng = L.seed * 2654435761u + 12345;
+  lane_runs.assign((u64)MAXT * L.blocks, 0);
+  block_lanes.assign(L.blocks, 0);
+  issued.assign(L.blocks, 0);
   for (u32 b = 0; b < nbuf; b++) {
     if (L.check && bufs[b].writable) {
       shadow[b].assign(bufs[b].size / bufs[b].gran + 1, Cell{});
@@ -92,6 +104,10 @@ u32 msl_pcs(Access* out, u32 n) {
   u32 k = std::min<u32>(n, accesses.size());
   if (out) memcpy(out, accesses.data(), k * sizeof(Access));
   return (u32)accesses.size();
+}
+void msl_blocks(u64* lanes, u64* simdgroups) {
+  std::copy(block_lanes.begin(), block_lanes.end(), lanes);
+  std::copy(issued.begin(), issued.end(), simdgroups);
 }
 void msl_stats(Counts* s, BufferTraffic* b) {
   *s = counts;

@@ -82,6 +82,8 @@ static bool resolve(Sg* s) {
   return true;
 }
 
+extern "C" u64* __msl_counters() { return &lane_runs[(u64)cur->lin * L.blocks]; }
+
 static u64 rng;
 static u32 rnd(u32 n) {
   rng = rng * 6364136223846793005ull + 1442695040888963407ull;
@@ -175,6 +177,21 @@ static bool pass_barrier(u32 n) {
   return true;
 }
 
+// Counts of a threadgroup's lanes to those of the launch. A simdgroup runs a block as often as the lane that does most.
+static void count_blocks(u32 n) {
+  for (u32 b = 0; b < L.blocks; b++)
+    for (u32 first = 0; first < n; first += 32) {
+      u64 most = 0;
+      for (u32 i = first; i < std::min(first + 32, n); i++) {
+        u64& runs = lane_runs[(u64)i * L.blocks + b];
+        block_lanes[b] += runs;
+        most = std::max(most, runs);
+        runs = 0;
+      }
+      issued[b] += most;
+    }
+}
+
 static void run_group(const u32 size[3]) {
   u32 n = size[0] * size[1] * size[2], nsg = (n + 31) / 32;
   tg_epoch++;
@@ -201,4 +218,5 @@ static void run_group(const u32 size[3]) {
       if (L.count) flush_recs();
     }
   } while (pass_barrier(n));
+  count_blocks(n);
 }

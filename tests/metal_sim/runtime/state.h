@@ -64,6 +64,7 @@ struct Launch {
   u32 check, count;
   u64 constants_at, constants_size;  // the kernel library's own constants
   u32 flush_denormals;               // flush float denormals to zero, as Apple GPUs may
+  u32 blocks;                        // of code that the kernel counts, 0 unless in mode arithmetic
 };
 
 // ---- memory layout ----------------------------------------------------------------
@@ -136,6 +137,8 @@ static std::vector<Finding> findings;
 static std::vector<Access> accesses;
 static u32 tg_epoch = 1, dev_epoch = 1, tg_index, tgid[3];
 static bool dead;
+static std::vector<u64> lane_runs;            // [lane of the threadgroup][block]: how often it has run the block
+static std::vector<u64> block_lanes, issued;  // [block]: runs of all lanes; of simdgroups, at least
 // A variable in threadgroup memory.
 struct TgVar {
   u32 id;

@@ -1,0 +1,184 @@
+"""`python -m mlx_rotor.doctor`: versions, device, backends and why; with --kernels, every kernel checked and timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from .command import run
+from .errors import RotorError
+
+if TYPE_CHECKING:
+    from .evals.diagnosis import Diagnosis
+    from .evals.kernel_check import Outcome
+    from .evals.kernel_speed import Timing
+
+OUTPUT = Path("doctor.json")
+SIMULATOR = (
+    "What only a Mac's GPU can show: that Apple's compiler takes the kernels, how it rounds, how fast they are.\n"
+    "The test suite runs the same kernels in a simulator, on x86-64 Linux: python -m pytest tests/kernels"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="mlx_rotor doctor",
+        description="Versions, device, and which backend each operation uses and why. Exit status 1 if something must "
+        "be done.",
+    )
+    p.add_argument(
+        "--kernels",
+        action="store_true",
+        help="compile kernels on this GPU, check them against their twins, time attention against fp16; a kernel that "
+        "fails is refused from then on",
+    )
+    p.add_argument("--thorough", action="store_true", help="with --kernels: every codec, head dimension and dtype")
+    p.add_argument("--no-timing", action="store_true", help="with --kernels: only check")
+    p.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"write all that was found as JSON (with --kernels: {OUTPUT})"
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    a = parser().parse_args(argv)
+    if not a.kernels and (a.thorough or a.no_timing):
+        raise RotorError("--thorough and --no-timing are about --kernels")
+    output = a.output or (OUTPUT if a.kernels else None)
+    if output and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
+        raise RotorError(f"--output {output}: can't write a file there")
+    from .evals.diagnosis import diagnose, why_no_kernels
+
+    found = diagnose()
+    if not a.json:
+        _print_machine(found)
+    kernels: dict[str, Any] = {}
+    if a.kernels:
+        if why := why_no_kernels():
+            kernels, output = {"why_not": why}, a.output
+            if not a.json:
+                print(f"\nNo kernel is checked: {why}.\n{SIMULATOR}")
+        else:
+            kernels = _kernels(a)
+            found = diagnose()
+    if not a.json:
+        _print_findings(found)
+    facts = found.to_dict() | ({"kernels": kernels} if kernels else {})
+    if a.json:
+        print(json.dumps(facts, indent=1))
+    if output:
+        _write(output, facts)
+        if not a.json:
+            print(f"\n{output} holds all of this, to attach to a report.")
+    return 0 if found.ok else 1
+
+
+def _kernels(a: argparse.Namespace) -> dict[str, Any]:
+    """Checks, stores the verdicts, times."""
+    from .evals import kernel_check, kernel_plan, kernel_speed
+    from .kernels import verdicts
+
+    verdicts.failures()  # a file that can't be read is better known before minutes of checks
+    every = kernel_plan.every()
+    plan = every if a.thorough else kernel_plan.quick()
+    outcomes = []
+    with tqdm(plan, unit="kernel", dynamic_ncols=True) as bar:
+        for check in bar:
+            bar.set_description(check.name)
+            outcomes.append(kernel_check.run(check))
+    kernel_check.record(outcomes)
+    if not a.json:
+        _print_checks(outcomes, len(every))
+    timings: list[Timing] = []
+    if not a.no_timing:
+        with tqdm(kernel_speed.cells(), unit="length", dynamic_ncols=True) as bar:
+            for scheme, heads, tokens in bar:
+                bar.set_description(f"{scheme}, {heads} heads, {tokens} tokens")
+                timings.append(kernel_speed.measure(scheme, heads, tokens))
+        if not a.json:
+            _print_timings(timings)
+    return {
+        "checked": len(outcomes),
+        "of": len(every),
+        "failed": sum(not o.passed for o in outcomes),
+        "checks": [o.to_dict() for o in outcomes],
+        "timings": [t.to_dict() for t in timings],
+    }
+
+
+def _print_machine(d: Diagnosis) -> None:
+    v = d.versions
+    print(f"mlx_rotor {v['mlx_rotor']}, mlx {v['mlx']}, mlx_lm {v['mlx_lm']}, Python {v['python']}, {v['os']}")
+    line = f"{d.device}, {d.memory / 2**30:.1f} GiB of memory"
+    if d.working_set is not None:
+        line += f", of which MLX recommends to use {d.working_set / 2**30:.1f} GiB"
+    print(f"{line}; MLX's default device: {v['device']}", flush=True)
+
+
+def _print_findings(d: Diagnosis) -> None:
+    print()
+    _table(["operation", "backend", "why"], [[o.name, o.backend, o.why] for o in d.operations])
+    print()
+    width = max(len(f.name) for f in d.findings)
+    for f in d.findings:
+        print(f"{'ok   ' if f.ok else 'WRONG'} {f.name:<{width}}  {f.text}")
+
+
+def _print_checks(outcomes: Sequence[Outcome], every: int) -> None:
+    """A row for each kind of check, a line for each kernel that failed or has something to say."""
+    print(f"\n{len(outcomes)} of {every} kernels checked{'' if len(outcomes) == every else ' (--thorough: all)'}")
+    kinds = dict.fromkeys(o.check.kind for o in outcomes)
+    rows = []
+    for kind in kinds:
+        mine = [o for o in outcomes if o.check.kind == kind]
+        share = [o.error / o.tolerance for o in mine if o.error is not None and o.tolerance]
+        worst = f"{100 * max(share):.0f} %" if share else "none"
+        rows.append([kind, f"{sum(o.passed for o in mine)}/{len(mine)}", worst])
+    _table(["kernel", "passed", "largest error, of what is allowed"], rows)
+    for o in outcomes:
+        if not o.passed or o.note:
+            error = "" if o.error is None else f", error {o.error:.2g} of {o.tolerance:.2g} allowed"
+            print(f"{'passed' if o.passed else 'FAILED'} {o.check.name}{error}{': ' if o.note else ''}{o.note}")
+    sys.stdout.flush()
+
+
+def _print_timings(timings: Sequence[Timing]) -> None:
+    print("\nOne attention of one new token: 8 KV heads of 128, fp16, medians")
+    rows = []
+    for t in timings:
+        row = [t.scheme, str(t.query_heads), f"{t.tokens:,}"]
+        if t.fp16_ms is None or t.ours_ms is None or t.ratio is None:
+            rows.append([*row, "skipped:", t.skipped, ""])
+        else:
+            rows.append([*row, f"{t.fp16_ms:.3f}", f"{t.ours_ms:.3f}", f"{t.ratio:.2f}"])
+    _table(["scheme", "query heads", "tokens", "fp16 ms", "ours ms", "fp16 / ours"], rows)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]
+    for line in (titles, ["-" * w for w in widths], *rows):
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RotorError(f"--output {path}: {e.strerror}") from e
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

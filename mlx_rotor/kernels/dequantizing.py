@@ -1,0 +1,50 @@
+"""Packed tokens back in the model's basis: the kernel. Its twin is `reference.dequantize`."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..errors import RotorError
+from . import metal
+from .runs import PackedSide
+from .spec import spec_of
+from .tiles import TILE
+
+THREADS = 128  # MLX_ROTOR_DEQUANTIZE_THREADS
+
+
+def dequantize_metal(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
+    """Tokens start .. stop of a packed side, [B, H, stop - start, D] of dtype.
+
+    Raises:
+        RotorError: if the codec has no kernel, or the side has no such tokens.
+    """
+    spec, d = spec_of(side.codec), side.codec.dim
+    b, h, count, _ = side.tiles.shape
+    if not 0 <= start <= stop <= count * TILE:
+        raise RotorError(f"tokens {start} to {stop} of a packed side that has room for {count * TILE}")
+    shape = (b, h, stop - start, d)
+    if start == stop:
+        return mx.zeros(shape, dtype)
+    made = metal.kernel(
+        "dequantize",
+        ("attention/dequantize.h", spec.quantizer.header, spec.rotation.header),
+        ("tiles", "scale", "table", "root", "bounds"),
+        ("out",),
+        f"""
+  threadgroup float vector[MLX_ROTOR_DEQUANTIZE_VECTORS * dequantize_room<{d}>()];
+  dequantize<{spec.quantizer.name}, {spec.rotation.name}, {d}>(
+      tiles, tiles_shape, scale, table, root, bounds, out, vector,
+      threadgroup_position_in_grid, threadgroups_per_grid, thread_index_in_threadgroup, thread_index_in_simdgroup);
+""",
+    )
+    (out,) = made(
+        inputs=[
+            side.tiles, side.scale, spec.inverse, mx.array(spec.root, mx.float32), mx.array([start, stop], mx.int32),
+        ],
+        output_shapes=[shape],
+        output_dtypes=[dtype],
+        grid=(THREADS * (-(-stop // TILE) - start // TILE), h, b),
+        threadgroup=(THREADS, 1, 1),
+    )  # fmt: skip
+    return out

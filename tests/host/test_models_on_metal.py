@@ -1,0 +1,35 @@
+"""Whole models of mlx_lm over the real kernels, in the simulator or on a Mac's GPU: the logits are the twins'."""
+
+import mlx.core as mx
+import pytest
+
+from kernel_cases import distance, needs_kernels, running
+from mlx_rotor import attach, detach
+from tiny_models import tiny
+
+PROMPT = [(7 * i * i + 3) % 250 for i in range(80)]
+
+
+def logits(model, backend, monkeypatch):
+    """Of two prompt chunks and three single tokens, with a ring short enough that most tokens are packed."""
+    monkeypatch.setenv("MLX_ROTOR_BACKEND", backend)
+    attach(model, "trellis4v3", sinks=2, ring=16, protect_layers=0, check=False)
+    cache = model.make_cache()
+    steps = [PROMPT[:50], PROMPT[50:77], *([t] for t in PROMPT[77:])]
+    out = [model(mx.array([step]), cache=cache)[:, -1] for step in steps]
+    mx.eval(out)
+    detach(model)
+    return out
+
+
+@needs_kernels
+@pytest.mark.parametrize("architecture", ["llama", "minimax", "gpt_oss"])
+def test_logits_are_the_twins(monkeypatch, architecture):
+    model = tiny(architecture)
+    want = logits(model, "reference", monkeypatch)
+    with running() as simulator:
+        got = logits(model, "metal", monkeypatch)
+    assert simulator.objections == []
+    names = [name.split("_")[2] for name, _ in simulator.reports]
+    assert {"encode", "rotate", "prefill", "decode", "merge"} <= set(names) or not names
+    assert max(distance(a, b) for a, b in zip(got, want, strict=True)) < 2e-5

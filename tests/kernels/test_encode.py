@@ -1,0 +1,82 @@
+"""The encode kernel against its twin, bit for bit, in the simulator."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import DIMS, NAMES, SCHEDULES, needs_kernels, needs_simulator, normal, running, vectors
+from metal_sim import Options
+from mlx_rotor import RotorError, codec, kernels
+from mlx_rotor.kernels.encoding import encode_metal, encode_reference
+
+
+def same(c, x) -> bool:
+    got, want = encode_metal(c, x), encode_reference(c, x)
+    return all(a.dtype == b.dtype and np.array_equal(np.array(a), np.array(b)) for a, b in zip(got, want, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_are_the_twins(name, dim):
+    with running() as simulator:
+        assert same(codec.get(name, dim), vectors(37, dim))
+    assert simulator.objections == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("name", ["turbo4", "trellis3", "rotor2"])
+def test_half_precision(name, dtype):
+    with running() as simulator:
+        assert same(codec.get(name, 128), vectors(33, 128, dtype=dtype))
+    assert simulator.objections == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+def test_lengths_batches_and_layouts(n):
+    c = codec.get("trellis3", 80)
+    with running() as simulator:
+        assert same(c, vectors(n, 80, batch=2, heads=3))
+        assert same(c, mx.contiguous(vectors(n, 80)))
+        assert same(c, vectors(n + 7, 80)[:, 1:, 3 : 3 + n])
+        assert same(c, vectors(n, 160)[..., ::2])
+    assert simulator.objections == []
+
+
+@needs_simulator
+@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
+@pytest.mark.parametrize(("name", "dim"), [("turbo3", 80), ("trellis4", 96), ("rotor3", 128)])
+def test_no_schedule_matters(name, dim, options):
+    with running(options) as simulator:
+        assert same(codec.get(name, dim), vectors(50, dim))
+    assert simulator.objections == []
+
+
+@needs_simulator
+@pytest.mark.parametrize("name", ["turbo2", "turbo4", "trellis3", "planar2", "iso2", "rotor2"])
+def test_traffic(name):
+    """No more than 1.15 times input and packed bytes, whole lines."""
+    c, x = codec.get(name, 128), mx.contiguous(vectors(256, 128, heads=1, dtype=mx.float16))
+    with running(Options(mode="count")) as simulator:
+        tiles, scale = encode_metal(c, x)
+    moved = sum(
+        t.loaded + t.stored
+        for buffer, t in simulator.reports[-1][1].buffers.items()
+        if buffer in ("x", "table", "tiles", "scale")
+    )
+    assert moved <= 1.15 * (x.nbytes + tiles.nbytes + scale.nbytes)
+    assert simulator.reports[-1][1].line_use(("x", "tiles", "scale")) >= 0.9
+
+
+@needs_kernels
+def test_the_packages_encode_uses_it(monkeypatch):
+    monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
+    c, x = codec.get("turbo4", 64), normal(np.random.default_rng(0), 1, 2, 40, 64)
+    with running() as simulator:
+        got = kernels.encode(c, x)
+        assert len(simulator.reports) == 1
+        with pytest.raises(RotorError, match="raw32"):
+            kernels.encode(codec.get("raw32", 64), x)
+    assert np.array_equal(np.array(got[0]), np.array(encode_reference(c, x)[0]))

@@ -1,0 +1,148 @@
+"""Verdicts on kernels: what is kept, for which machine, and what a call meets then."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_rotor import RotorError, codec, kernels
+from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, verdicts
+from mlx_rotor.kernels.verdicts import Failure
+
+TURBO4, TURBO2, ISO3 = (codec.get(name, 64) for name in ("turbo4", "turbo2", "iso3"))
+ENCODE = Failure("encode: turbo4, 64 x float16", "encode", ("turbo4@64",), "float16")
+PAIR = Failure("prefill: turbo4/turbo2, 64 x float16", "attend", ("turbo4@64", "turbo2@64"), "float16")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_ROTOR_CACHE", str(tmp_path / "kept"))
+    verdicts.forget()
+    yield tmp_path / "kept"
+    verdicts.forget()
+
+
+def refused(operation, *codecs, dtype=mx.float16):
+    try:
+        verdicts.refuse(operation, dtype, *codecs)
+    except RotorError as e:
+        return str(e)
+    return ""
+
+
+def test_nothing_is_refused_without_a_file(folder):
+    assert verdicts.failures() == () and not folder.exists()
+    assert not refused("encode", TURBO4)
+
+
+def test_what_failed_is_refused_by_name_and_nothing_else():
+    verdicts.record([ENCODE.check, PAIR.check, "dequantize: iso3, 64 x float16"], [ENCODE, PAIR])
+    said = refused("encode", TURBO4)
+    assert ENCODE.check in said and "MLX_ROTOR_BACKEND=reference" in said and "doctor.json" in said
+    assert PAIR.check in refused("attend", TURBO4, TURBO2)
+    assert not refused("encode", TURBO4, dtype=mx.float32)
+    assert not refused("encode", TURBO2)
+    assert not refused("encode", codec.get("turbo4", 128))
+    assert not refused("attend", TURBO4, ISO3)
+    assert not refused("attend", TURBO4, TURBO4)
+    assert not refused("dequantize", TURBO4)
+
+
+def test_a_codec_that_failed_with_itself_is_refused_in_every_pair():
+    verdicts.record(["x"], [Failure("x", "attend", ("iso3@64",), "float16")])
+    assert refused("attend", TURBO4, ISO3) and refused("attend", ISO3, ISO3)
+    assert not refused("attend", TURBO4, TURBO2)
+
+
+def test_a_check_that_passes_later_is_forgotten_and_others_stay(folder):
+    verdicts.record([ENCODE.check, PAIR.check], [ENCODE, PAIR])
+    assert refused("encode", TURBO4)
+    verdicts.record([ENCODE.check], [])
+    assert not refused("encode", TURBO4) and refused("attend", TURBO4, TURBO2)
+    verdicts.record([PAIR.check], [])
+    assert json.loads((folder / "kernels.json").read_text()) == {}
+    assert [file.name for file in folder.iterdir()] == ["kernels.json"]
+
+
+def test_verdicts_hold_for_one_device_mlx_and_kernels(monkeypatch):
+    verdicts.record([ENCODE.check], [ENCODE])
+    here = verdicts.key()
+    with monkeypatch.context() as patch:
+        patch.setattr(verdicts, "key", lambda: f"another {here}")
+        verdicts.forget()
+        assert verdicts.failures() == () and not refused("encode", TURBO4)
+        verdicts.record([PAIR.check], [PAIR])
+        assert verdicts.failures() == (PAIR,)
+    verdicts.forget()
+    assert verdicts.failures() == (ENCODE,)
+    assert all(part in here for part in ("mlx ", "kernels ", verdicts.kernels_digest()))
+
+
+def test_the_digest_is_of_the_sources(monkeypatch, tmp_path):
+    before = verdicts.kernels_digest()
+    (tmp_path / "one.h").write_text("int one;\n")
+    verdicts.kernels_digest.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(verdicts.source, "root", lambda: tmp_path)
+        other = verdicts.kernels_digest()
+        (tmp_path / "one.h").write_text("int two;\n")
+        verdicts.kernels_digest.cache_clear()
+        assert len({before, other, verdicts.kernels_digest()}) == 3
+    verdicts.kernels_digest.cache_clear()
+    assert verdicts.kernels_digest() == before
+
+
+def test_nothing_is_written_where_nothing_failed(folder):
+    verdicts.record([ENCODE.check], [])
+    assert not folder.exists()
+
+
+def test_a_check_may_run_what_is_refused():
+    verdicts.record([ENCODE.check], [ENCODE])
+    with verdicts.ignored():
+        assert not refused("encode", TURBO4)
+    assert refused("encode", TURBO4)
+
+
+def test_the_file_is_read_once(folder):
+    assert not refused("encode", TURBO4)
+    folder.mkdir()
+    (folder / "kernels.json").write_text("nonsense")
+    assert not refused("encode", TURBO4)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[1]", '{"a": 3}', '{"a": [{"check": "x"}]}'])
+def test_a_spoilt_file_is_an_error_that_names_it(folder, text):
+    folder.mkdir()
+    (folder / "kernels.json").write_text(text)
+    for use in (verdicts.failures, lambda: verdicts.record(["x"], []), lambda: verdicts.refuse("encode", mx.float16)):
+        with pytest.raises(RotorError, match=r"kernels\.json is not a file of verdicts"):
+            use()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_ROTOR_CACHE", str(tmp_path / "file" / "folder"))
+    with pytest.raises(RotorError, match="set MLX_ROTOR_CACHE"):
+        verdicts.record([ENCODE.check], [ENCODE])
+
+
+def test_operations_refuse_what_failed_and_only_on_the_metal_backend(monkeypatch):
+    x = mx.random.normal((1, 1, 40, 64)).astype(mx.float16)
+    side = PackedSide(TURBO4, *kernels.encode(TURBO4, x))
+    runs = [PackedRun(40, side, side), ExactRun(x, x)]
+    uses = {
+        "encode": lambda: kernels.encode(TURBO4, x),
+        "attend": lambda: kernels.attend(x[:, :, :1], runs, scale=1.0),
+        "dequantize": lambda: kernels.dequantize(side, 0, 40, mx.float16),
+    }
+    ids = ("turbo4@64",)
+    verdicts.record(uses, [Failure(f"check of {name}", name, ids, "float16") for name in uses])
+    metal.use_maker(lambda **text: pytest.fail("a refused kernel is made"))
+    for name, use in uses.items():
+        monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
+        with pytest.raises(RotorError, match=f"check of {name}"):
+            use()
+        monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
+        mx.eval(use())
+    metal.use_maker(None)
