@@ -19,6 +19,21 @@ from .evals.machine import machine
 PAIRS = ("turbo4v2", "turbo2", "turbo3", "turbo4", "trellis2", "trellis3", "trellis4", "iso3", "planar3", "rotor3")
 ENCODED = ("turbo2", "turbo3", "turbo4", "trellis2", "trellis3", "trellis4", "iso3", "planar3", "rotor3")
 TOKENS = (4096, 16384)
+# Columns of the second table: kinds that are counted as one.
+COLUMNS = {
+    "FMA": ("fma",),
+    "float": ("float",),
+    "integer": ("integer", "bitwise", "compare", "select"),
+    "shift": ("shift", "shift_left_dynamic", "shift_right_dynamic", "extract"),
+    "multiply": ("multiply", "integer_divide"),
+    "convert": ("convert",),
+    "exp2": ("exp2",),
+    "look-up": ("load_table",),
+    "shuffle": ("shuffle", "shuffle_any"),
+    "reduction": ("reduction",),
+    "device": ("load_device", "store_device"),
+    "threadgroup": ("load_threadgroup", "store_threadgroup"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"rows": [row.facts() for row in rows], "machine": machine()}, indent=2))
     else:
-        _print(rows)
+        _print_traffic(rows)
+        _print_operations(rows)
     return 0
 
 
@@ -66,7 +82,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _print(rows: Sequence[traffic.Row]) -> None:
+def _print_traffic(rows: Sequence[traffic.Row]) -> None:
     devices = list(rows[0].predicted)
     fp16 = {row.tokens: row for row in rows if row.kernel == "sdpa_vector"}
     print(f"{'kernel':<12}{'codec K/V':<20}{'tokens':>7}{'MB moved':>10}{'ratio':>7}{'line use':>10}", end="")
@@ -79,9 +95,26 @@ def _print(rows: Sequence[traffic.Row]) -> None:
         print()
     print(
         f"\n{rows[0].heads} query heads, 8 KV heads of 128, one query row. MB moved: all device loads and stores;\n"
-        "ratio: to the bytes that must move (tokens, queries, output); line use: 128-byte lines needed over touched. Under a\n"
-        "device: time over that of MLX's fp16 sdpa_vector, by a throughput model of arithmetic and bandwidth. No\n"
-        "measurement."
+        "ratio: to the bytes that must move (tokens, queries, output); line use: 128-byte lines needed over\n"
+        "touched. Under a device: time over that of MLX's fp16 sdpa_vector, by a throughput model of arithmetic\n"
+        "and bandwidth. No measurement."
+    )
+
+
+def _width(name: str) -> int:
+    return max(len(name), 6) + 2
+
+
+def _print_operations(rows: Sequence[traffic.Row]) -> None:
+    print(f"\n{'kernel':<12}{'codec K/V':<20}{'tokens':>7}" + "".join(f"{name:>{_width(name)}}" for name in COLUMNS))
+    for row in rows:
+        if row.operations:
+            sums = {name: sum(row.operations.get(kind, 0) for kind in kinds) for name, kinds in COLUMNS.items()}
+            cells = "".join(f"{n:>{_width(name)}.2f}" for name, n in sums.items())
+            print(f"{row.kernel:<12}{row.codec:<20}{row.tokens:>7}{cells}")
+    print(
+        "\nOperations of a pair of elements, one of K and one of V, for all its query heads, counted in the compiled\n"
+        "kernel; addresses and loops are in them. `--json` has every kind."
     )
 
 

@@ -1,7 +1,13 @@
 """Shared by the suite: a lossless codec, the bundled model loaded once."""
 
+import os
+import tempfile
+
 import mlx.core as mx
 import pytest
+
+# What `doctor --kernels` found on this machine is no concern of the tests.
+os.environ["MLX_ROTOR_CACHE"] = tempfile.mkdtemp(prefix="mlx_rotor_tests_")
 
 # The reference backend computes the same on every machine only on the same device; set before mlx_lm reads it.
 mx.set_default_device(mx.cpu)

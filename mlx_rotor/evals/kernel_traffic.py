@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,13 @@ DIM, KV_HEADS = 128, 8
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel at one size. `bytes_ratio` is bytes moved over `needed`, the bytes that must move: packed (or fp16)
-    tokens, queries, output. `line_use`: 128-byte lines that had to be touched over lines touched. `predicted`: device
-    -> seconds by evals/throughput.py's model, which is no measurement."""
+    """One kernel at one size.
+
+    `bytes_ratio` is bytes moved over `needed`, the bytes that must move: packed (or fp16) tokens, queries, output.
+    `line_use`: 128-byte lines that had to be touched over lines touched. `operations`: kind -> how many a pair of
+    packed elements, one of K and one of V, costs, idle lanes included. `predicted`: device -> seconds by the model of
+    throughput.py, which is no measurement.
+    """
 
     kernel: str
     codec: str
@@ -44,6 +48,7 @@ class Row:
     moved: int
     line_use: float
     launches: int
+    operations: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -141,12 +146,12 @@ def decode(pair: tuple[str, str], tokens: int, *, heads: int = 32, kv_heads: int
     needed = sum(a.nbytes for side in (body.k, body.v) for a in (side.tiles, side.scale)) + 2 * q.nbytes
     with counted("count") as tally:
         attend_metal(q, None, body, None, scale=DIM**-0.5)
-    predicted = {}
-    if model:
-        with counted("arithmetic") as operations:
-            attend_metal(q, None, body, None, scale=DIM**-0.5)
-        predicted = _predicted(operations.issued, tally.moved)
-    return Row("decode", "/".join(pair), tokens, heads, needed, tally.moved, tally.line_use, tally.launches, predicted)
+    row = Row("decode", "/".join(pair), tokens, heads, needed, tally.moved, tally.line_use, tally.launches)
+    if not model:
+        return row
+    with counted("arithmetic") as operations:
+        attend_metal(q, None, body, None, scale=DIM**-0.5)
+    return _modelled(row, operations.issued, tally.moved, kv_heads)
 
 
 def encode(name: str, tokens: int, *, kv_heads: int = KV_HEADS) -> Row:
@@ -191,10 +196,16 @@ def stock(tokens: int, *, heads: int = 32, kv_heads: int = KV_HEADS, model: bool
 
     tally = Tally()
     tally.add(run("count"), scalars)
-    predicted = _predicted(run("arithmetic").issued, tally.moved) if model else {}
     needed = k.nbytes + v.nbytes + 2 * q.nbytes
-    return Row("sdpa_vector", "fp16", tokens, heads, needed, tally.moved, tally.line_use, 1, predicted)
+    row = Row("sdpa_vector", "fp16", tokens, heads, needed, tally.moved, tally.line_use, 1)
+    # Caches may spare it what several query heads read: the model gives it each byte once.
+    return _modelled(row, run("arithmetic").issued, needed, kv_heads) if model else row
 
 
-def _predicted(issued: dict[str, int], moved: int) -> dict[str, float]:
-    return {name: predict(issued, moved, device).seconds for name, device in DEVICES.items()}
+def _modelled(row: Row, issued: Mapping[str, int], moved: int, kv_heads: int) -> Row:
+    pairs = row.tokens * kv_heads * DIM
+    return replace(
+        row,
+        operations={kind: n / pairs for kind, n in sorted(issued.items())},
+        predicted={name: predict(issued, moved, device).seconds for name, device in DEVICES.items()},
+    )

@@ -14,6 +14,7 @@ from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from ..errors import RotorError
+from ..kernels import backend
 from . import report
 from .prompting import Prompt
 
@@ -68,6 +69,7 @@ class Stats:
             "peak_memory_gb": round(self.peak_memory_gb, 4),
             "finish_reason": self.finish_reason,
             "kv_scheme": self.kv_scheme,
+            "kv_backend": backend(),
             "kv_bytes": report.kv_bytes(self.caches),
             "kv_bytes_fp16": report.kv_bytes_fp16(self.caches),
             "layers_compressed": len(layers.compressed),

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..cache import RotorCache
+from ..kernels import backend
 
 
 def _arrays(cache: Any) -> list[mx.array]:
@@ -86,9 +87,11 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def describe(caches: Sequence[Any]) -> str:
-    """One line: which layers use which codecs, and which are left alone."""
+    """One line: which layers use which codecs, on which backend, and which are left alone."""
     report = layers(caches)
     parts = [f"layers {spans(at)}: K {k}, V {v}" for (k, v), at in report.codecs.items()]
+    if parts:
+        parts[-1] += f" ({backend()} kernels)"
     if report.exact:
         kinds = sorted({type(caches[i]).__name__ for i in report.exact})
         parts.append(f"layers {spans(report.exact)}: left exact ({', '.join(kinds)})")
