@@ -84,15 +84,12 @@ class RotatedCodec:
         self.name, self.dim, self.index_bits = name, dim, quantizer.bits
         fields.units(dim, quantizer.bits)
         self.rotation, self.quantizer = rotation, quantizer
+        struct, tables = rotation.struct, (rotation.table, rotation.inverse_table)
+        self.kernel: KernelSpec | None = KernelSpec(quantizer.struct, struct, *tables, rotation.root)
 
     @property
     def bits(self) -> float:
         return self.index_bits + 16 / self.dim
-
-    @property
-    def kernel(self) -> KernelSpec:
-        r = self.rotation
-        return KernelSpec(self.quantizer.struct, r.struct, r.table, r.inverse_table, r.root)
 
     def encode(self, x: mx.array) -> Packed:
         y = self.rotate(x.astype(mx.float32))

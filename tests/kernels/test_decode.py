@@ -16,6 +16,7 @@ from kernel_cases import (
     problem,
     running,
 )  # fmt: skip
+from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
 from mlx_rotor.kernels import reference
 from mlx_rotor.kernels.attention import attend_metal
@@ -28,7 +29,9 @@ def off(q, runs, **how) -> float:
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
         runs = [run for run in runs if run]
-    return distance(got, reference.attend(q.astype(mx.float32), runs, **how))
+    with mx.stream(mx.cpu):
+        want = reference.attend(q.astype(mx.float32), runs, **how)
+    return distance(got, want)
 
 
 def agree(q, runs, options=None, **how) -> None:
@@ -155,5 +158,5 @@ def test_the_packages_attend_uses_it(monkeypatch):
     q, runs = problem()
     with running() as simulator:
         got = kernels.attend(q, runs, scale=0.1, mask="causal")
-        assert len(simulator.reports) == 2
+        assert len(simulator.reports) == (2 if SUPPORTED else 0)
     assert distance(got, reference.attend(q, runs, scale=0.1, mask="causal")) <= TOLERANCE[mx.float32]

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from kernel_cases import DIMS, NAMES, SCHEDULES, needs_kernels, needs_simulator, normal, running, vectors
-from metal_sim import Options
+from metal_sim import SUPPORTED, Options
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.kernels.encoding import encode_metal, encode_reference
 
 
 def same(c, x) -> bool:
-    got, want = encode_metal(c, x), encode_reference(c, x)
+    got = encode_metal(c, x)
+    with mx.stream(mx.cpu):
+        want = encode_reference(c, x)
     return all(a.dtype == b.dtype and np.array_equal(np.array(a), np.array(b)) for a, b in zip(got, want, strict=True))
 
 
@@ -76,7 +78,7 @@ def test_the_packages_encode_uses_it(monkeypatch):
     c, x = codec.get("turbo4", 64), normal(np.random.default_rng(0), 1, 2, 40, 64)
     with running() as simulator:
         got = kernels.encode(c, x)
-        assert len(simulator.reports) == 1
+        assert len(simulator.reports) == (1 if SUPPORTED else 0)
         with pytest.raises(RotorError, match="raw32"):
             kernels.encode(codec.get("raw32", 64), x)
     assert np.array_equal(np.array(got[0]), np.array(encode_reference(c, x)[0]))
