@@ -13,7 +13,7 @@ from .tiles import TILE
 ROWS = 8  # query rows of a KV head that the decode kernel takes at a time
 # A split takes this many tokens of the body; beyond FEW splits, one more for each MORE_TOKENS. So there are enough for
 # a GPU's cores from 2K tokens on, and their results stay within some 5 % of the packed bytes at 16K.
-SPLIT_TOKENS, FEW, MORE_TOKENS, MAX_SPLITS = 512, 8, 2048, 31
+SPLIT_TOKENS, FEW, MORE_TOKENS, MAX_SPLITS = 256, 8, 2048, 31
 
 
 def splits_for(tokens: int) -> int:

@@ -18,6 +18,7 @@ from kernel_cases import (
     packed_side,
     running,
 )
+from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
 from mlx_rotor.kernels import reference
 from mlx_rotor.kernels.dequantizing import dequantize_metal
@@ -87,7 +88,7 @@ def test_the_packages_dequantize_uses_it(monkeypatch):
     side = side_of("turbo4", 64)
     with running() as simulator:
         got = kernels.dequantize(side, 2, 50, mx.float32)
-        assert len(simulator.reports) == 1
+        assert len(simulator.reports) == (1 if SUPPORTED else 0)
     assert distance(got, reference.dequantize(side, 2, 50, mx.float32)) <= TOLERANCE[mx.float32]
 
 
