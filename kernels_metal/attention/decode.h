@@ -49,9 +49,11 @@ struct Decode {
   float2 o[PASSES][ROWS];
 
   inline void clear() thread {
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       top[r] = MLX_ROTOR_UNSEEN;
       sum[r] = 0;
+      MLX_ROTOR_UNROLL
       for (uint p = 0; p < PASSES; ++p) {
         o[p][r] = float2(0.0f, 0.0f);
       }
@@ -88,6 +90,7 @@ struct Decode {
       threadgroup float *v = query + slot * DK;
       float y[DK / 8];
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DK / 8; ++i) {
         y[i] = v[lane8 + 8 * i];
       }
@@ -95,6 +98,7 @@ struct Decode {
         Rotation::apply(v, table, root, lane, y);
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DK / 8; ++i) {
         const uint e = lane8 + 8 * i;
         v[exact ? e : KQ::position(e)] = y[i] * factor;
@@ -105,9 +109,11 @@ struct Decode {
 
   // Turns scores into weights, for the lane's own token, and rescales what was summed before.
   inline void take(thread float *score, float value_scale, threadgroup float *weight, uint lane) thread {
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       float keep;
       weight[lane * ROWS + r] = weigh(score[r], top[r], sum[r], keep) * value_scale;
+      MLX_ROTOR_UNROLL
       for (uint p = 0; p < PASSES; ++p) {
         o[p][r] *= keep;
       }
@@ -121,6 +127,7 @@ struct Decode {
       for (uint t = 0; t < MLX_ROTOR_TILE; ++t) {
         const float x = float(stage[t * MLX_ROTOR_STAGE + 2 * lane]);
         const float y = float(stage[t * MLX_ROTOR_STAGE + 2 * lane + 1]);
+        MLX_ROTOR_UNROLL
         for (uint r = 0; r < ROWS; ++r) {
           const float w = weight[t * ROWS + r];
           o[p][r].x = fma(w, x, o[p][r].x);
@@ -148,6 +155,7 @@ struct Decode {
       threadgroup S *stage,
       uint lane) thread {
     float score[ROWS];
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       score[r] = 0;
     }
@@ -156,8 +164,10 @@ struct Decode {
     half2 level[KQ::FIELDS / 2];
     for (uint u = 0; u < KQ::UNITS; ++u) {
       k.unit(k_tile, lane, u, level);
+      MLX_ROTOR_UNROLL
       for (uint r = 0; r < ROWS; ++r) {
         const threadgroup float4 *mine = (const threadgroup float4 *)(query + r * DK + u * KQ::FIELDS);
+        MLX_ROTOR_UNROLL
         for (uint i = 0; i < KQ::FIELDS / 4; ++i) {
           const float4 x = mine[i];
           score[r] = fma(x.x, float(level[2 * i].x), score[r]);
@@ -169,6 +179,7 @@ struct Decode {
     }
     const bool held = token < tokens.body;
     const float key_scale = held ? float(k_scale[lane]) : 0.0f;
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       const uint l = r % uint(tokens.queries);
       float s = MLX_ROTOR_UNSEEN;
@@ -183,10 +194,12 @@ struct Decode {
     VQ v;
     v.begin(v_tile, lane);
     half2 value[VQ::FIELDS / 2];
+    MLX_ROTOR_UNROLL
     for (uint p = 0; p < PASSES; ++p) {
       const uint width = p + 1 < PASSES ? MLX_ROTOR_PASS : DV - p * MLX_ROTOR_PASS;
       for (uint u = 0; u < width / VQ::FIELDS; ++u) {
         v.unit(v_tile, lane, p * (MLX_ROTOR_PASS / VQ::FIELDS) + u, value);
+        MLX_ROTOR_UNROLL
         for (uint i = 0; i < VQ::FIELDS / 2; ++i) {
           const uint at = lane * MLX_ROTOR_STAGE + u * VQ::FIELDS + 2 * i;
           stage[at] = S(value[i].x);
@@ -215,6 +228,7 @@ struct Decode {
       threadgroup T *stage,
       uint lane) thread {
     float score[ROWS];
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       score[r] = 0;
     }
@@ -224,6 +238,7 @@ struct Decode {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       for (uint i = 0; i < width; ++i) {
         const float x = float(stage[lane * MLX_ROTOR_STAGE + i]);
+        MLX_ROTOR_UNROLL
         for (uint r = 0; r < ROWS; ++r) {
           score[r] = fma(query[r * DK + first + i], x, score[r]);
         }
@@ -234,6 +249,7 @@ struct Decode {
     const bool held = own < tokens.sinks + tokens.recent;
     const int position = own < tokens.sinks ? own : own + tokens.body;
     const int slot = own < tokens.sinks ? own : tokens.recent_slot + own - tokens.sinks;
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       const uint l = r % uint(tokens.queries);
       float s = MLX_ROTOR_UNSEEN;
@@ -244,6 +260,7 @@ struct Decode {
       score[r] = s;
     }
     take(score, 1.0f, weight, lane);
+    MLX_ROTOR_UNROLL
     for (uint p = 0; p < PASSES; ++p) {
       const uint first = p * MLX_ROTOR_PASS;
       const uint width = p + 1 < PASSES ? MLX_ROTOR_PASS : DV - first;
@@ -266,6 +283,7 @@ struct Decode {
       uint lane) thread {
     const uint own = thread_index / 32;
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       const float whole = simd_sum(sum[r]);
       if (lane == 0) {
@@ -275,6 +293,7 @@ struct Decode {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float highest[ROWS];
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       highest[r] = weight[r * 2];
       for (uint i = 1; i < SIMDS; ++i) {
@@ -283,9 +302,11 @@ struct Decode {
     }
     for (uint i = 0; i < SIMDS; ++i) {
       if (own == i) {
+        MLX_ROTOR_UNROLL
         for (uint p = 0; p < PASSES; ++p) {
           const uint at = p * MLX_ROTOR_PASS + 2 * lane;
           if (at < DV) {
+            MLX_ROTOR_UNROLL
             for (uint r = 0; r < ROWS; ++r) {
               const float2 mine = o[p][r] * exp2(top[r] - highest[r]);
               gathered[r * DV + at] = (i == 0 ? 0.0f : gathered[r * DV + at]) + mine.x;
@@ -296,6 +317,7 @@ struct Decode {
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+    MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
       const uint at = r * splits + split;
       for (uint e = thread_index; e < DV; e += 32 * SIMDS) {

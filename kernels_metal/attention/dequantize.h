@@ -53,6 +53,7 @@ static inline void dequantize(
       half2 level[Quantizer::FIELDS / 2];
       for (uint u = begin; u < end; ++u) {
         decoder.part_unit(tile, half_tile + mine, u, level);
+        MLX_ROTOR_UNROLL
         for (uint i = 0; i < Quantizer::FIELDS / 2; ++i) {
           const uint p = u * Quantizer::FIELDS + 2 * i;
           vector[mine * room + Quantizer::element(p)] = float(level[i].x) * own_scale;
@@ -64,6 +65,7 @@ static inline void dequantize(
     float y[DIM / 8];
     Rotation::apply(vector + slot * room, table, root, lane, y);
     simdgroup_barrier(mem_flags::mem_threadgroup);
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       vector[slot * room + lane8 + 8 * i] = y[i];
     }

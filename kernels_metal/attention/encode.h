@@ -68,6 +68,7 @@ static inline void encode(
       const float power = dot_of_eight(y, y) * (1.0f / float(DIM));
       const float inverse_rms = power > 0 ? 1.0f / precise::sqrt(power) : 0.0f;
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DIM / 8; ++i) {
         v[lane8 + 8 * i] = y[i];
       }

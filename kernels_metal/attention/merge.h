@@ -38,17 +38,20 @@ static inline void merge(
   const float share = whole > 0 ? 1.0f / whole : 0.0f;
   const device float *from = partial + long(row) * splits * DV;
   float sum[(DV + 31) / 32];
+  MLX_ROTOR_UNROLL
   for (uint i = 0; i < (DV + 31) / 32; ++i) {
     sum[i] = 0;
   }
   for (uint s = 0; s < body_splits; ++s) {
     const float part = simd_shuffle(own_part, ushort(s));
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < (DV + 31) / 32; ++i) {
       if (lane + 32 * i < DV) {
         sum[i] = fma(from[s * DV + lane + 32 * i], part, sum[i]);
       }
     }
   }
+  MLX_ROTOR_UNROLL
   for (uint i = 0; i < (DV + 31) / 32; ++i) {
     const uint p = lane + 32 * i;
     if (p < DV) {
@@ -61,6 +64,7 @@ static inline void merge(
   Rotation::apply(vector + lane / 8 * DV, staged, root, lane, y);
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (lane < 8) {
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DV / 8; ++i) {
       vector[lane + 8 * i] = y[i];
     }

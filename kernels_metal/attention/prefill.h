@@ -13,14 +13,6 @@
 #include "steps.h"
 
 #define MLX_ROTOR_PREFILL_ROWS 32
-// Arrays of matrices stay in registers only where the loops over them are unrolled. A CPU, for which tests compile
-// this, has none to keep them in.
-#if defined(__OPENCL_CPP_VERSION__) && !defined(__NVPTX__)
-#define MLX_ROTOR_UNROLL
-#else
-#define MLX_ROTOR_UNROLL _Pragma("clang loop unroll(full)")
-#endif
-
 // Threadgroup memory: stage [WIDTH · ROOM] of S, scales [2 · TOKENS] floats.
 template <typename T, typename S, typename KQ, typename VQ, uint DK, uint DV, int MASK>
 struct Prefill {

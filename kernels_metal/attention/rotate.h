@@ -55,6 +55,7 @@ static inline void rotate_vectors(
   float y[DIM / 8];
   Rotation::apply(vector + slot * room, table, root, lane, y);
   simdgroup_barrier(mem_flags::mem_threadgroup);
+  MLX_ROTOR_UNROLL
   for (uint i = 0; i < DIM / 8; ++i) {
     vector[slot * room + Order::position(lane8 + 8 * i)] = y[i] * factor;
   }

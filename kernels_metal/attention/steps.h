@@ -50,6 +50,7 @@ struct BodyTokens {
       half2 level[Q::FIELDS / 2];
       for (uint u = begin; u < end; ++u) {
         q.part_unit(tile, token, u, level);
+        MLX_ROTOR_UNROLL
         for (uint i = 0; i < Q::FIELDS / 2; ++i) {
           threadgroup S *at = stage + (u * Q::FIELDS + 2 * i) * Steps<S>::ROOM + mine;
           at[0] = S(level[i].x);

@@ -60,6 +60,7 @@ struct Block {
   // Rotates the vector in v. Its elements end on the eight lanes, in y. Collective, as the rotations all are.
   template <typename Table>
   static inline void apply(threadgroup float *v, Table table, float, uint lane, thread float (&y)[DIM / 8]) {
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       const uint e = (lane & 7) + 8 * i;
       const uint first = e - e % SIZE;

@@ -31,17 +31,22 @@ struct Hadamard {
     const uint lane8 = lane & 7;
     // A lane reads a word, for all to use.
     const uint signs = lane < 2 * WORDS ? table[lane] : 0;
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       y[i] = flipped(v[lane8 + 8 * i], simd_shuffle(signs, ushort(i / 4)), lane8 + 8 * (i % 4));
     }
     // Sums go to the lower of two elements, differences to the upper; the nearest elements first.
+    MLX_ROTOR_UNROLL
     for (uint step = 1; step < INNER && step < 8; step *= 2) {
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DIM / 8; ++i) {
         const float other = simd_shuffle_xor(y[i], ushort(step));
         y[i] = lane8 & step ? other - y[i] : y[i] + other;
       }
     }
+    MLX_ROTOR_UNROLL
     for (uint step = 1; 8 * step < INNER; step *= 2) {
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DIM / 8; ++i) {
         if ((i & step) == 0) {
           const float a = y[i], b = y[i + step];
@@ -53,10 +58,12 @@ struct Hadamard {
     if (OUTER > 1) {
       const uint rows = lane < OUTER ? table[2 * WORDS + lane] : 0;
       // Each lane has read its own elements only: it may write them.
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DIM / 8; ++i) {
         v[lane8 + 8 * i] = y[i];
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      MLX_ROTOR_UNROLL
       for (uint i = 0; i < DIM / 8; ++i) {
         const uint e = lane8 + 8 * i;
         const uint row = simd_shuffle(rows, ushort(e / INNER));
@@ -67,6 +74,7 @@ struct Hadamard {
         y[i] = sum;
       }
     }
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       y[i] = flipped(y[i] * root, simd_shuffle(signs, ushort(WORDS + i / 4)), lane8 + 8 * (i % 4));
     }

@@ -50,6 +50,7 @@ struct Scalar : Fields<BITS, DIM> {
       top = mine << 2;
       top_lower = mine >> (down - 2);
     }
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < Layout::FIELDS / 2; ++i) {
       const uint at = Layout::STRIDE * (i % direct);
       uint halves = (i < direct ? word : lower) & (((1u << Layout::STRIDE) - 1) * 0x00010001u << at);
@@ -72,10 +73,12 @@ struct Scalar : Fields<BITS, DIM> {
       uint lane,
       thread float (&c)[DIM / 8]) {
     constexpr uint half_count = 1u << (BITS - 1);
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       const float unit = y[i] * inverse_rms;
       const float size = fabs(unit);
       uint above = 0;
+      MLX_ROTOR_UNROLL
       for (uint n = 0; n + 1 < half_count; ++n) {
         above += size > Levels::template cut<1>(half_count + n) ? 1u : 0u;
       }

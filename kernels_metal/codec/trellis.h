@@ -125,6 +125,7 @@ struct Trellis : Fields<BITS, DIM> {
       lower = z0;
     }
     const uint lower_down = lower >> 8;
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < Layout::FIELDS / 2; ++i) {
       const uint at = Layout::STRIDE * (i % direct);
       const uint halves = ((i < direct ? upper : upper_down) & (upper_mask << at)) |
@@ -137,6 +138,7 @@ struct Trellis : Fields<BITS, DIM> {
   // The amplitude whose level in subset z = 2 z1 + z0 is nearest to `size`.
   static inline uint nearest(float size, uint z) {
     uint amplitude = 0;
+    MLX_ROTOR_UNROLL
     for (uint n = 0; n + 1 < AMPLITUDES; ++n) {
       amplitude += size > Levels::template cut<4>(4 * n + z) ? 1u : 0u;
     }
@@ -195,6 +197,7 @@ struct Trellis : Fields<BITS, DIM> {
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     uint code[DIM / 8];
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       const uint t = lane8 + 8 * i;
       const uint bit = codes[t];
@@ -207,6 +210,7 @@ struct Trellis : Fields<BITS, DIM> {
       c[i] = Levels::of(4 * amplitude + z);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
+    MLX_ROTOR_UNROLL
     for (uint i = 0; i < DIM / 8; ++i) {
       codes[lane8 + 8 * i] = uchar(code[i]);
     }

@@ -12,6 +12,14 @@
 // Tokens of a tile, the unit of packed storage, and lanes of a simdgroup.
 #define MLX_ROTOR_TILE 32
 
+// Arrays stay in registers only where the loops over them are unrolled. A CPU, for which tests compile this, has none to
+// keep them in.
+#if defined(__OPENCL_CPP_VERSION__) && !defined(__NVPTX__)
+#define MLX_ROTOR_UNROLL
+#else
+#define MLX_ROTOR_UNROLL _Pragma("clang loop unroll(full)")
+#endif
+
 // Sum of `mine` over the eight lanes of the vector, the same on all of them.
 static inline float sum_of_eight(float mine) {
   mine += simd_shuffle_xor(mine, ushort(1));
@@ -24,6 +32,7 @@ static inline float sum_of_eight(float mine) {
 template <uint PART>
 static inline float dot_of_eight(const thread float (&a)[PART], const thread float (&b)[PART]) {
   float sum = a[0] * b[0];
+  MLX_ROTOR_UNROLL
   for (uint i = 1; i < PART; ++i) {
     const float product = a[i] * b[i];
     sum = sum + product;
