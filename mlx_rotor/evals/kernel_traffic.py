@@ -60,7 +60,7 @@ class Row:
 
 
 def simulator() -> Any:
-    """The simulator's package. Raises RotorError where there is no source tree, or no x86-64 Linux to run it on."""
+    """The simulator's package. Raises RotorError without a source tree, an x86-64 Linux or a compiler to run it."""
     if not (TESTS / "metal_sim").is_dir():
         raise RotorError(
             "kernels are counted in the simulator of the source tree: clone the repository, install it with "
@@ -73,6 +73,10 @@ def simulator() -> Any:
         raise RotorError(
             f"the simulator can't run here: {package.UNSUPPORTED}; `mlx_rotor doctor --kernels` times a Mac"
         )
+    try:
+        importlib.import_module("metal_sim.tools").clang()
+    except package.ToolsMissing as missing:
+        raise RotorError(str(missing)) from None
     return package
 
 

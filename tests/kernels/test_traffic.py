@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import needs_simulator
+from metal_sim import tools
 from mlx_rotor import RotorError, benchmark
 from mlx_rotor.evals import kernel_traffic as traffic
 from mlx_rotor.kernels import metal
@@ -88,4 +89,13 @@ def test_wrong_arguments(argv, says):
 def test_without_a_source_tree_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(traffic, "TESTS", tmp_path)
     with pytest.raises(RotorError, match="clone the repository"):
+        benchmark.main(["kernels"])
+
+
+def test_without_a_compiler_it_says_what_to_install(monkeypatch):
+    def missing():
+        raise tools.ToolsMissing("pip install ziglang")
+
+    monkeypatch.setattr(tools, "clang", missing)
+    with pytest.raises(RotorError, match="pip install ziglang"):
         benchmark.main(["kernels"])
