@@ -8,17 +8,44 @@ from typing import TYPE_CHECKING, Any
 from .errors import RotorError
 
 if TYPE_CHECKING:
-    from .host import attach, detach, load, make_prompt_cache, verify
+    from .host import (
+        IsoQuantCache,
+        PlanarQuantCache,
+        RotorQuantCache,
+        TurboQuantCache,
+        attach,
+        detach,
+        load,
+        make_prompt_cache,
+        verify,
+    )
+    from .serve import patch_server
 
 __version__ = "0.1.0"
-SUBPACKAGES = ("cache", "codec", "demo", "evals", "host", "kernels", "models", "quant")
-__all__ = ["RotorError", "attach", "detach", "load", "make_prompt_cache", "verify"]
+SUBPACKAGES = ("cache", "codec", "demo", "evals", "host", "kernels", "models", "quant", "serve")
+__all__ = [
+    "IsoQuantCache",
+    "PlanarQuantCache",
+    "RotorError",
+    "RotorQuantCache",
+    "TurboQuantCache",
+    "attach",
+    "detach",
+    "load",
+    "make_prompt_cache",
+    "patch_server",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Sub-packages, and names that need mlx_lm, are imported when first used: `--help` need not wait for them."""
     if name in SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "patch_server":
+        from .serve import patch_server
+
+        return patch_server
     if name in __all__:
         from . import host
 

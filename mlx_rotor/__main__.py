@@ -7,6 +7,8 @@ import sys
 
 COMMANDS = {
     "generate": "generate text through a compressed KV cache",
+    "server": "an OpenAI-compatible server whose models run through compressed KV caches",
+    "cache_prompt": "keep a prompt's compressed KV cache in a file",
     "quantize": "turn a checkpoint into MLX safetensors under a policy of bits by role and layer",
     "evaluate": "what compression cost: perplexity, KL divergence, needle retrieval",
     "doctor": "versions, device, backends and why; on a Mac, checks and times every kernel",

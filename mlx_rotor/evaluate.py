@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .cache import DEFAULT, EXACT
 from .command import run
 from .errors import RotorError
+
+if TYPE_CHECKING:
+    from .evals.report import Report
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -25,10 +30,10 @@ def numbers(text: str) -> tuple[float, ...]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="mlx_rotor evaluate",
-        description="Perplexity, KL divergence, top-1 agreement, needle retrieval, chats and KV memory of models under "
-        "KV schemes, one row a configuration.",
-        epilog="The default sample takes about three minutes a configuration of the bundled model on two CPU "
-        "cores, --thorough about seven.",
+        description="Perplexity, KL divergence, top-1 agreement, greedy divergence, needle retrieval, chats and KV "
+        "memory of models under KV schemes, one row a configuration.",
+        epilog="The default sample takes under two minutes a configuration of the bundled model on a CPU core, "
+        "--thorough about four.",
     )
     p.add_argument(
         "--model", action="append", metavar="[NAME=]MODEL", help="folder, repository or `bundled` (default); repeatable"
@@ -41,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--against", metavar="MODEL", help="reference model, with exact KV (default: the first --model)")
     p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: held-out text of the bundled model)")
-    p.add_argument("--thorough", action="store_true", help="a sample four times as large")
+    p.add_argument("--thorough", action="store_true", help="a larger sample, and needles up to 2048 tokens deep")
     p.add_argument("--windows", type=int, metavar="N", help="windows of text for perplexity and divergence")
     p.add_argument("--window", type=int, metavar="TOKENS", help="tokens in a window; well over sinks + ring")
     p.add_argument(
@@ -53,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--chats", type=int, metavar="N", help="chats and tool calls; by default only for the bundled model's tokenizer"
     )
+    p.add_argument(
+        "--greedy",
+        type=int,
+        metavar="N",
+        help="prompts continued for 256 tokens, until they differ from exact KV's; 0: none",
+    )
     p.add_argument("--seed", type=int, metavar="N", help="of needles and chats (default 0)")
     for part in ("sinks", "ring", "protect-layers"):
         p.add_argument(
@@ -60,17 +71,110 @@ def parser() -> argparse.ArgumentParser:
         )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the tables to this Markdown file")
+    p.add_argument(
+        "--json-out",
+        type=Path,
+        metavar="FILE",
+        help="keep finished rows here, as JSON, after each one; rows that are there already are not measured again",
+    )
+    p.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing: tables (and --plot) of a --json-out file"
+    )
+    p.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.svg",
+        help="also draw KL divergence against bits an element (needs matplotlib)",
+    )
+    c = p.add_argument_group("schemes measured for one model", "written as JSON, for --kv FILE.json of every command")
+    c.add_argument("--calibrate-kv", type=Path, metavar="FILE.json", help="fp8 with a scale for each layer's K and V")
+    c.add_argument(
+        "--kv-calibrate", type=Path, metavar="FILE.json", help="each layer's codecs, for the least KL at --target-bits"
+    )
+    c.add_argument("--target-bits", type=float, metavar="X", help="stored bits an element, on average (3)")
+    c.add_argument("--candidates", metavar="CODECS", help="comma-separated (trellis2,trellis3,trellis4)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     a = parser().parse_args(argv)
-    if a.out and (a.out.is_dir() or not os.access(a.out.absolute().parent, os.W_OK)):
-        raise RotorError(f"--out {a.out}: can't write a file there")
+    for flag, file in (("--out", a.out), ("--json-out", a.json_out), ("--plot", a.plot)):
+        if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise RotorError(f"{flag} {file}: can't write a file there")
+    if a.calibrate_kv or a.kv_calibrate:
+        return _calibrate(a)
+    if a.target_bits is not None or a.candidates:
+        raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
+    from .evals import plot, record
+
+    if a.plot:
+        plot.available()
+    report = record.read(a.from_json) if a.from_json else _measured(a)
+    tables = report.markdown()
+    print(json.dumps(report.to_dict(), indent=1) if a.json else tables, end="\n" if a.json else "")
+    if a.out:
+        record.replace_text(a.out, tables)
+    if a.plot:
+        record.replace_text(a.plot, plot.quality(report))
+    return 0
+
+
+def _text(a: argparse.Namespace) -> str | None:
     try:
-        text = a.text.read_text("utf-8") if a.text else None
+        return a.text.read_text("utf-8") if a.text else None
     except (OSError, UnicodeDecodeError) as e:
         raise RotorError(f"--text {a.text}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}") from e
+
+
+def _calibrate(a: argparse.Namespace) -> int:
+    given = {"--kv": a.kv, "--against": a.against, "--thorough": a.thorough, "--out": a.out, "--plot": a.plot}
+    given |= {"--json-out": a.json_out, "--from-json": a.from_json}
+    if unused := [flag for flag, value in given.items() if value]:
+        raise RotorError(f"{', '.join(unused)}: not of use in calibrating; evaluate the scheme afterwards")
+    if a.calibrate_kv and a.kv_calibrate:
+        raise RotorError("--calibrate-kv (fp8's scales) and --kv-calibrate (every layer's codecs) write one file each")
+    if len(a.model or []) > 1:
+        raise RotorError("a scheme is calibrated for one --model")
+    file = a.calibrate_kv or a.kv_calibrate
+    if file.suffix != ".json" or file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise RotorError(f"{file}: must be a file that can be written and ends in .json")
+    from .evals import calibrate
+
+    preset = calibrate.MAXIMA if a.calibrate_kv else calibrate.SEARCH
+    asked = {n: v for n in ("windows", "window", "chunk") if (v := getattr(a, n)) is not None}
+    if a.text:
+        asked |= {"text": _text(a), "text_name": a.text.name}
+    reading, model = dataclasses.replace(preset, **asked), a.model[0] if a.model else None
+    if a.calibrate_kv:
+        if a.target_bits is not None or a.candidates:
+            raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
+        scheme = calibrate.fp8(file, model, reading, progress=True)
+        facts: dict[str, Any] = {"file": str(file), "layers": scheme.layers}
+    else:
+        candidates = a.candidates.split(",") if a.candidates else calibrate.CANDIDATES
+        target = 3.0 if a.target_bits is None else a.target_bits
+        found = calibrate.bits(file, model, target, candidates, reading, progress=True)
+        scheme = found.scheme
+        facts = {"file": str(file), "layers": scheme.layers, "bits": found.bits}
+        facts |= {"predicted_kl": found.predicted, "measured_kl": found.measured}
+        facts["alone"] = [{"layer": i, "side": s, "codec": c, "kl": x} for (i, s, c), x in found.alone.items()]
+    if a.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for nth, (k, v) in enumerate(scheme.layers):
+        print(f"layer {nth}: K {k}, V {v}")
+    if "bits" in facts:
+        print(
+            f"{facts['bits']:.3f} bits an element, KL {facts['measured_kl']:.2g} nats a token with nothing protected",
+            end="",
+        )
+        print(f" ({facts['predicted_kl']:.2g} as a sum of each alone)")
+    print(f"written to {file}; use it as --kv {file}")
+    return 0
+
+
+def _measured(a: argparse.Namespace) -> Report:
+    text = _text(a)
     from .evals.compare import compare
     from .evals.size import QUICK, THOROUGH
 
@@ -82,10 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         lengths=a.needle_lengths,
         depths=a.depths,
         chats=a.chats,
+        greedy=a.greedy,
         seed=a.seed,
     )
     parts = {"sinks": a.kv_sinks, "ring": a.kv_ring, "protect_layers": a.kv_protect_layers}
-    report = compare(
+    return compare(
         a.model or ["bundled"],
         a.kv or [EXACT, DEFAULT],
         against=a.against,
@@ -93,15 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         text_name=a.text.name if a.text else "",
         size=size,
         protection={k: v for k, v in parts.items() if v is not None},
+        file=a.json_out,
         progress=True,
     )
-    tables = report.markdown()
-    print(json.dumps(report.to_dict(), indent=1) if a.json else tables, end="\n" if a.json else "")
-    if a.out:
-        temporary = a.out.with_name(a.out.name + ".tmp")
-        temporary.write_text(tables, "utf-8")
-        os.replace(temporary, a.out)
-    return 0
 
 
 if __name__ == "__main__":

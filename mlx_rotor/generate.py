@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import kv_options
 from .command import run
 from .errors import RotorError
 
@@ -21,39 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest == "model":
             action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
-    from .cache import DEFAULT
-
-    kv = parser.add_argument_group("compressed KV cache")
-    kv.add_argument("--kv", metavar="SCHEME", help=f"turbo2 … turbo4, turbo4v2, k=…,v=…, or exact (default: {DEFAULT})")
-    kv.add_argument("--cache-type-k", metavar="CODEC", help="the codec of K, as llama.cpp spells it; f16 is exact")
-    kv.add_argument("--cache-type-v", metavar="CODEC", help="the codec of V")
-    kv.add_argument("--kv-sinks", type=int, metavar="N", help="first tokens kept exact (default: 4)")
-    kv.add_argument("--kv-ring", type=int, metavar="N", help="recent tokens kept exact (default: 128)")
-    kv.add_argument("--kv-protect-layers", type=int, metavar="N", help="end layers one codec step up (default: 2)")
+    kv_options.add_to(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
-
-
-def _scheme(args: argparse.Namespace) -> Any:
-    """The scheme asked for, or None for exact KV."""
-    from .cache import DEFAULT, EXACT, parse
-
-    text, k, v = args.kv, args.cache_type_k, args.cache_type_v
-    if k or v:
-        if text:
-            raise RotorError("--kv and --cache-type-k/--cache-type-v say the same thing: use one of them")
-        if not (k and v):
-            raise RotorError("give both --cache-type-k and --cache-type-v")
-        text = EXACT if k == v == "f16" else f"k={k},v={v}"
-    asked = text is not None or any(x is not None for x in (args.kv_sinks, args.kv_ring, args.kv_protect_layers))
-    for flag, given in (("--kv-bits", args.kv_bits), ("--max-kv-size", args.max_kv_size)):
-        if given is not None:
-            if asked and text != EXACT:
-                raise RotorError(
-                    f"{flag} is mlx_lm's own cache and can't be combined with a compressed one; drop either"
-                )
-            return None
-    return parse(text or DEFAULT, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RotorError("--max-tokens must not be 0 (-1 is no limit)")
     if args.kv_bits is not None and args.draft_model:
         raise RotorError("--kv-bits can't be measured with --draft-model; use --kv, or mlx_lm.generate")
-    scheme = _scheme(args)
+    scheme = kv_options.scheme_of(args)
 
     import mlx.core as mx
 
@@ -70,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .host import prompting
     from .host.attachment import stock_cache
     from .host.generation import Stats, stock_sampler, stream
-    from .host.prompt_files import load_prompt_cache
+    from .host.prompt_files import fit_prompt_cache, read_prompt_cache
     from .host.report import describe
 
     if args.seed is not None:
@@ -78,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     caches: list[Any] | None = None
     metadata: dict[str, Any] = {}
     if args.prompt_cache_file:
-        caches, metadata = load_prompt_cache(args.prompt_cache_file, scheme)
+        caches, metadata = read_prompt_cache(args.prompt_cache_file)
         if args.model not in (None, metadata.get("model")):
             raise RotorError(f"{args.prompt_cache_file} was made with {metadata.get('model')}, not {args.model}")
     tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}")) | {
@@ -119,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if scheme:
         attach(model, scheme)
     if caches is None:
-        caches = make_prompt_cache(model, scheme) if scheme else stock_cache(model, args.max_kv_size)
+        caches = make_prompt_cache(model, scheme, max_kv_size=args.max_kv_size)
+    else:
+        caches = fit_prompt_cache(args.prompt_cache_file, caches, model, scheme, args.max_kv_size)
     draft_caches = stock_cache(draft) if draft is not None else []
     talk = args.verbose and not args.json
     stats = Stats(scheme.name if scheme else "exact", caches)

@@ -134,7 +134,7 @@ def _print_result(result: Result) -> None:
     print(f"took    {result.seconds:.1f} s, {files} in {result.out}")
     out = shlex.quote(str(result.out))
     print(f'\nnext    mlx_lm.generate --model {out} --prompt "Hello"')
-    print(f'        python -m mlx_rotor.generate --model {out} --kv turbo4v2 --prompt "Hello"')
+    print(f'        python -m mlx_rotor.generate --model {out} --prompt "Hello"')
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 import os
 import tempfile
 
+import hypothesis
 import mlx.core as mx
 import pytest
+
+# The same examples on every run and machine, however slow it is.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 # What `doctor --kernels` found on this machine is no concern of the tests.
 os.environ["MLX_ROTOR_CACHE"] = tempfile.mkdtemp(prefix="mlx_rotor_tests_")
@@ -18,13 +23,14 @@ from mlx_rotor import codec  # noqa: E402
 class Lossless:
     """Stores float32 bit patterns, in a basis with all signs flipped: every path of a codec, no error."""
 
-    name, index_bits, kernel = "raw32", 32, None
+    name, index_bits, scaled, kernel = "raw32", 32, True, None
 
     def __init__(self, dim):
-        self.dim, self.bits = dim, 32 + 16 / dim
+        self.dim, self.bits, self.tile_words = dim, 32 + 16 / dim, 32 * dim
 
-    def encode(self, x):
-        words = mx.view(mx.contiguous(-x.astype(mx.float32)), mx.uint32)
+    def encode(self, x, mean=None):
+        y = -x.astype(mx.float32) - (0 if mean is None else mean)
+        words = mx.view(mx.contiguous(y), mx.uint32)
         return codec.Packed(words, mx.ones(x.shape[:-1], mx.float16))
 
     def decode_rotated(self, packed):

@@ -12,12 +12,14 @@ import pytest
 
 from metal_sim import SUPPORTED, UNSUPPORTED, CompileError, Kernel, KernelError, Options, Report
 from mlx_rotor import codec
-from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, source
+from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, reference, source
+from mlx_rotor.kernels.attention import attend_metal
 from mlx_rotor.kernels.encoding import encode_reference
+from mlx_rotor.kernels.runs import spread
 
 DIMS = (64, 80, 96, 128, 192, 256)
-NAMES = [name for name in codec.names() if name != "raw32"]
-FAMILIES = sorted({name[:-1] for name in NAMES})
+NAMES = [name for name in codec.names() if codec.get(name, 128).kernel is not None]
+FAMILIES = sorted({name[:-1] for name in NAMES if name[-1] in "234"})
 # Codecs of the schemes that have a name: a family's own, K never below V.
 PAIRS = [(f"{f}{k}", f"{f}{v}") for f in FAMILIES for k in (2, 3, 4) for v in (2, 3, 4) if k >= v]
 MIXED = [("trellis4", "turbo2"), ("turbo4", "trellis3"), ("iso3", "turbo2"), ("trellis3", "planar3")]
@@ -76,16 +78,29 @@ def vectors(n, dim, *, batch=1, heads=2, dtype=mx.float32, seed=0):
     return mx.array(x).astype(dtype).swapaxes(1, 2)
 
 
-def packed_side(rng, name: str, dim: int, batch: int, heads: int, length: int, room: int = 0) -> PackedSide:
-    """`length` random vectors, encoded by the twin, and tiles of rubbish behind them."""
-    made = codec.get(name, dim)
-    tiles, scale = encode_reference(made, normal(rng, batch, heads, max(length, 1), dim))
+def packed_side(
+    rng, name: str, dim: int, batch: int, heads: int, length: int, room: int = 0, span: int | None = None
+) -> PackedSide:
+    """`length` random vectors, encoded by the twin, and tiles of rubbish behind them; with means where there is a span,
+    heads inside groups, and one more that nobody may read."""
+    made, count, mean = codec.get(name, dim), max(length, 1), None
+    x = normal(rng, batch, heads, count, dim)
+    if span is not None:
+        groups = (count - 1) // span + 1 if span else 1
+        mean = normal(rng, batch, groups, heads, dim).astype(mx.float16)
+        if span:
+            mean = mx.concatenate([mean, mx.full((batch, 1, heads, dim), mx.nan, mx.float16)], axis=1)
+        mean = mean.swapaxes(1, 2)
+        x = x + made.unrotate(spread(mean, 0, count, span))
+    tiles, scale = encode_reference(made, x, mean, span=span or 0)
     if room:
         junk = rng.integers(0, 2**32, (batch, heads, room, tiles.shape[-1]), dtype=np.uint32)
         tiles = mx.concatenate([tiles, mx.array(junk)], axis=2)
-        scale = mx.concatenate([scale, mx.full((batch, heads, 32 * room), mx.nan, mx.float16)], axis=2)
-    behind = mx.arange(scale.shape[2]) >= length
-    return PackedSide(made, mx.contiguous(tiles), mx.contiguous(mx.where(behind, mx.nan, scale).astype(mx.float16)))
+    if scale is not None:
+        scale = mx.pad(scale, [(0, 0), (0, 0), (0, 32 * room)])
+        behind = mx.arange(scale.shape[2]) >= length
+        scale = mx.contiguous(mx.where(behind, mx.nan, scale).astype(mx.float16))
+    return PackedSide(made, mx.contiguous(tiles), scale, mean, span or 0)
 
 
 def exact_run(rng, dtype, batch: int, heads: int, length: int, k_dim: int, v_dim: int) -> ExactRun | None:
@@ -98,23 +113,44 @@ def exact_run(rng, dtype, batch: int, heads: int, length: int, k_dim: int, v_dim
 
 def problem(
     pair=("turbo4", "turbo2"), dim=64, length=100, *, v_dim=None, batch=1, kv_heads=2, group=3, queries=1,
-    first=4, recent=37, dtype=mx.float32, room=2, seed=0,
+    first=4, recent=37, dtype=mx.float32, room=2, seed=0, span=None, centred=False,
 ):  # fmt: skip
-    """(q, [sinks, body, recent]) at random; absent runs are None."""
-    rng = np.random.default_rng([seed, dim, length])
+    """(q, [sinks, body, recent]) at random; absent runs are None. A body of several lengths is so many packed runs.
+    span: of K's means, None for no means; centred: V has one."""
+    lengths = length if isinstance(length, tuple) else (length,)
+    rng = np.random.default_rng([seed, dim, *lengths])
     v_dim = v_dim or dim
-    body = PackedRun(
-        length,
-        packed_side(rng, pair[0], dim, batch, kv_heads, length, room),
-        packed_side(rng, pair[1], v_dim, batch, kv_heads, length, room),
-    )
     runs = [
         exact_run(rng, dtype, batch, kv_heads, first, dim, v_dim),
-        body,
+        *(
+            PackedRun(
+                n,
+                packed_side(rng, pair[0], dim, batch, kv_heads, n, room, span),
+                packed_side(rng, pair[1], v_dim, batch, kv_heads, n, room, 0 if centred else None),
+            )
+            for n in lengths
+        ),
         exact_run(rng, dtype, batch, kv_heads, recent, dim, v_dim),
     ]
     q = normal(rng, batch, queries, kv_heads * group, dim).astype(dtype).swapaxes(1, 2)
     return q, runs
+
+
+def attend_runs(q, runs, **how) -> mx.array:
+    """The kernels' attention over the runs of a `problem`."""
+    return attend_metal(q, runs[0], runs[1:-1], runs[-1], **how)
+
+
+def attending(q, runs, **how) -> float:
+    """How far the kernels are from the twin, which computes in float32 from the same inputs."""
+    how = {"scale": q.shape[-1] ** -0.5, "mask": "causal", **how}
+    got = attend_runs(q, runs, **how)
+    assert got.dtype == q.dtype
+    if how.get("lengths") is None:
+        runs = [run for run in runs if run]
+    with mx.stream(mx.cpu):
+        want = reference.attend(q.astype(mx.float32), runs, **how)
+    return distance(got, want)
 
 
 def distance(got: mx.array, want: mx.array) -> float:

@@ -40,9 +40,9 @@ def test_people_see_the_three_parts(capsys, monkeypatch):
     )
     assert call("--prompt-tokens", "300", "--max-tokens", "2") == 0
     out = capsys.readouterr().out
-    for part in ("1. Quantize", "11.63 MB -> 8.21 MB", "2. Generate", "K turbo4", "3. What it cost", "the table"):
+    for part in ("1. Quantize", "11.63 MB -> 8.21 MB", "2. Generate", "K trellis3", "3. What it cost", "the table"):
         assert part in out, part
-    assert evaluated[0][1] == ["exact", "turbo4v2"] and len(evaluated[0][0]) == 2
+    assert evaluated[0][1] == ["exact", "trellis3"] and len(evaluated[0][0]) == 2
 
 
 @pytest.mark.parametrize(

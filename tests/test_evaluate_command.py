@@ -11,8 +11,9 @@ from mlx_rotor.command import run
 
 SMALL = [
     *("--windows", "2", "--window", "256", "--needles", "2", "--needle-lengths", "256"),
-    *("--depths", "0.1,0.9", "--chats", "1"),
+    *("--depths", "0.1,0.9", "--chats", "1", "--greedy", "0"),
 ]
+LEAST = ["--windows", "1", "--window", "192", "--needles", "0", "--chats", "0", "--greedy", "0"]
 
 
 def test_the_default_configurations(tmp_path, capsys):
@@ -21,7 +22,7 @@ def test_the_default_configurations(tmp_path, capsys):
     captured = capsys.readouterr()
     data = json.loads(captured.out)
     exact, packed = data["rows"]
-    assert [(r["label"], r["kv"]) for r in data["rows"]] == [("bundled", "exact"), ("bundled", "turbo4v2")]
+    assert [(r["label"], r["kv"]) for r in data["rows"]] == [("bundled", "exact"), ("bundled", "trellis3")]
     assert 1 < exact["perplexity"]["value"] < 100
     assert 0 < packed["divergence"]["mean"]["value"] < 0.1
     assert abs(packed["change"]["value"]) < 0.1
@@ -29,19 +30,34 @@ def test_the_default_configurations(tmp_path, capsys):
     assert packed["kv_memory"]["layers_compressed"] == packed["kv_memory"]["layers_total"] == 8
     assert exact["needle"]["of"] == 2 and list(exact["chats"]) == ["recall"]
     table = out.read_text()
-    assert table.count("| bundled | turbo4v2 |") == 2 and "2 windows × 256 tokens" in table
-    assert "bundled, turbo4v2" in captured.err, "a progress bar names the configuration"
+    assert table.count("| bundled | trellis3 |") == 2 and "2 windows × 256 tokens" in table
+    assert "bundled, trellis3" in captured.err, "a progress bar names the configuration"
     assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
 
 
 def test_a_text_of_ones_own_and_protection(tmp_path, capsys):
     text = tmp_path / "mine.py"
     text.write_text("def add(a, b):\n    return a + b\n\n" * 60)
-    arguments = ["--text", str(text), "--windows", "1", "--window", "128", "--needles", "0", "--chats", "0"]
+    arguments = ["--text", str(text), "--windows", "1", "--window", "128", "--needles", "0"]
+    arguments += ["--chats", "0", "--greedy", "0"]
     assert run(evaluate.main, [*arguments, "--kv", "turbo2", "--kv-sinks", "0", "--kv-ring", "16"]) == 0
     printed = capsys.readouterr().out
     assert "1 windows × 128 tokens of mine.py" in printed and "sinks 0, ring 16" in printed
     assert "| bundled | turbo2 |" in printed and "| bundled | exact" not in printed
+
+
+def test_a_table_that_is_kept_and_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    kept, table, drawing = tmp_path / "quality.json", tmp_path / "table.md", tmp_path / "quality.svg"
+    arguments = [*LEAST, "--kv", "exact", "--kv", "turbo3", "--json-out", str(kept)]
+    assert run(evaluate.main, arguments) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(kept.read_text())["missing"] == []
+    assert run(evaluate.main, ["--from-json", str(kept), "--plot", str(drawing), "--out", str(table)]) == 0
+    assert capsys.readouterr().out == table.read_text() == printed
+    assert "<svg" in drawing.read_text() and "turbo" in drawing.read_text()
+    assert run(evaluate.main, [*arguments, "--window", "200"]) == 1
+    assert "another window (192, now 200)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -53,6 +69,10 @@ def test_a_text_of_ones_own_and_protection(tmp_path, capsys):
         (["--text", "/nowhere.txt"], "--text /nowhere.txt: No such file or directory"),
         (["--window", "9000"], "9000 tokens are more than the model's context of 8192"),
         (["--windows", "1000"], "of 512; 1000 asked for"),
+        (["--greedy", "1000"], "prompts of 256 tokens; 1000 asked for"),
+        (["--json-out", "/nowhere/q.json"], "--json-out /nowhere/q.json: can't write a file there"),
+        (["--plot", "/nowhere/q.svg"], "--plot /nowhere/q.svg: can't write a file there"),
+        (["--from-json", "/nowhere.json"], "/nowhere.json: No such file or directory"),
         (["--out", "/nowhere/table.md"], "--out /nowhere/table.md: can't write a file there"),
     ],
 )

@@ -70,7 +70,7 @@ def test_exact_is_stock(one_load, capsys, bundled):
 def test_people_read_what_was_saved(one_load, capsys):
     assert call("-m", 4) == 0
     out = capsys.readouterr().out
-    for part in ("K turbo4", "tokens-per-sec", "MB held", "8 of 8 compressed", "0 fallen back", "No token was packed"):
+    for part in ("K trellis4", "tokens-per-s", "MB held", "8 of 8 compressed", "0 fallen back", "No token was packed"):
         assert part in out, part
 
 

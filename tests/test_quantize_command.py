@@ -67,7 +67,7 @@ def test_the_bundled_model_is_the_default(tmp_path, capsys):
     assert re.search(r"^saved   \d\d\.\d% of the source's bytes$", printed.out, re.M)
     assert re.search(r"expert\.gate \d+\.\d\d%, expert\.up", printed.out)
     assert f"mlx_lm.generate --model '{out}' --prompt" in printed.out
-    assert f"python -m mlx_rotor.generate --model '{out}' --kv turbo4v2" in printed.out
+    assert f"python -m mlx_rotor.generate --model '{out}' --prompt" in printed.out
     assert json.loads((out / "mlx_rotor.json").read_text())["fit"] == "search"
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "mlx_rotor.json", "model.safetensors"} <= {
         p.name for p in out.iterdir()

@@ -11,6 +11,7 @@
 #define MLX_ROTOR_ATTENTION_DECODE_H
 
 #include "exact.h"
+#include "means.h"
 
 // Coordinates that pass through threadgroup memory at a time, two a lane, and the room of a token's: odd in words, so
 // that 32 tokens' stores meet 32 banks.
@@ -27,11 +28,22 @@ struct Staged<float> {
   typedef float type;
 };
 
+// SPAN: tiles that share a mean of K, 0 where K has none.
 // Threadgroup memory: query [QUERY] floats, weight [SIMDS · 32 · ROWS] floats, stage [SIMDS · 32 · 66] of S,
-// staged [Turn::TABLE] words.
+// staged [Turn::TABLE] words, products [PRODUCTS] floats.
 // out: [B, Hkv, ROWS, splits, DV] float, stats: the same but [2], maximum and sum.
 // Rows of a KV head are (head, query) pairs, head-major. The grid is (32 SIMDS · splits, Hkv, B) threads.
-template <typename T, typename KQ, typename VQ, typename Rotation, uint DK, uint DV, uint ROWS, uint SIMDS, int MASK>
+template <
+    typename T,
+    typename KQ,
+    typename VQ,
+    typename Rotation,
+    uint DK,
+    uint DV,
+    uint ROWS,
+    uint SIMDS,
+    int MASK,
+    uint SPAN>
 struct Decode {
   typedef T Element;
   typedef typename Staged<T>::type S;
@@ -39,11 +51,16 @@ struct Decode {
   typedef VQ Values;
   typedef Rotation Turn;
   static constant constexpr const uint PASSES = (DV + MLX_ROTOR_PASS - 1) / MLX_ROTOR_PASS;
+  static constant constexpr const uint KEY_DIM = DK;
   static constant constexpr const uint VALUE_DIM = DV;
   static constant constexpr const uint SIMDGROUPS = SIMDS;
   static constant constexpr const uint BLOCK = ROWS;
   static constant constexpr const uint PADDED_ROWS = (ROWS + 3) / 4 * 4;
   static constant constexpr const uint QUERY = PADDED_ROWS * (DK > DV ? DK : DV);
+  static constant constexpr const uint GROUP_TILES = SPAN;
+  // Tiles between products with means, which lie in one group more than that many at most.
+  static constant constexpr const int STRETCH = SPAN > 0 ? int(SPAN * MLX_ROTOR_GROUPS) : 1 << 28;
+  static constant constexpr const uint PRODUCTS = SPAN > 0 ? (MLX_ROTOR_GROUPS + 1) * ROWS : 1;
 
   float top[ROWS], sum[ROWS];
   float2 o[PASSES][ROWS];
@@ -137,7 +154,7 @@ struct Decode {
     }
   }
 
-  // One tile of the body. `token` is this lane's, counted in the body.
+  // One tile of the body. `token` is this lane's, counted in the body; `products` are the tile's with its mean.
   template <typename Mask, typename MaskStrides>
   inline void body_tile(
       const device uint *k_tile,
@@ -151,6 +168,7 @@ struct Decode {
       uint batch,
       uint first_head,
       const threadgroup float *query,
+      const threadgroup float *products,
       threadgroup float *weight,
       threadgroup S *stage,
       uint lane) thread {
@@ -178,19 +196,21 @@ struct Decode {
       }
     }
     const bool held = token < tokens.body;
-    const float key_scale = held ? float(k_scale[lane]) : 0.0f;
+    const float key_scale = KQ::SCALED && held ? float(k_scale[lane]) : 1.0f;
+    uint l = 0, head = first_head;
     MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
-      const uint l = r % uint(tokens.queries);
       float s = MLX_ROTOR_UNSEEN;
-      if (held && tokens.sees(int(l), tokens.sinks + token)) {
+      if (held && tokens.sees(int(l), tokens.before + token)) {
         s = masked<MASK>(
-            score[r] * key_scale, mask, mask_strides, batch, first_head + r / uint(tokens.queries), l,
+            SPAN > 0 ? fma(score[r], key_scale, products[r]) : score[r] * key_scale, mask, mask_strides, batch, head, l,
             tokens.body_slot + token);
       }
       score[r] = s;
+      l = l + 1 < uint(tokens.queries) ? l + 1 : 0;
+      head += l == 0 ? 1 : 0;
     }
-    take(score, held ? float(v_scale[lane]) : 0.0f, weight, lane);
+    take(score, !held ? 0.0f : VQ::SCALED ? float(v_scale[lane]) : 1.0f, weight, lane);
     VQ v;
     v.begin(v_tile, lane);
     half2 value[VQ::FIELDS / 2];
@@ -247,17 +267,18 @@ struct Decode {
     }
     const int own = index + int(lane);
     const bool held = own < tokens.sinks + tokens.recent;
-    const int position = own < tokens.sinks ? own : own + tokens.body;
-    const int slot = own < tokens.sinks ? own : tokens.recent_slot + own - tokens.sinks;
+    uint l = 0, head = first_head;
     MLX_ROTOR_UNROLL
     for (uint r = 0; r < ROWS; ++r) {
-      const uint l = r % uint(tokens.queries);
       float s = MLX_ROTOR_UNSEEN;
-      if (held && tokens.sees(int(l), position)) {
+      if (held && tokens.sees_any(int(l), tokens.exact_position(own))) {
         s = masked<MASK>(
-            score[r], mask, mask_strides, batch, first_head + r / uint(tokens.queries), l, slot);
+            score[r], mask, mask_strides, batch, head, l,
+            tokens.exact_slot(own));
       }
       score[r] = s;
+      l = l + 1 < uint(tokens.queries) ? l + 1 : 0;
+      head += l == 0 ? 1 : 0;
     }
     take(score, 1.0f, weight, lane);
     MLX_ROTOR_UNROLL
@@ -335,17 +356,10 @@ struct Decode {
   }
 };
 
-// The range of body tiles, [x, y), of split `split` of `splits`; tiles that no query sees are left out.
-static inline int2 tiles_of(thread const Tokens &tokens, int split, int splits) {
-  const int first = max(0, tokens.start() - tokens.sinks) / MLX_ROTOR_TILE;
-  const int last = (tokens.body + MLX_ROTOR_TILE - 1) / MLX_ROTOR_TILE;
-  const int each = (max(0, last - first) + splits - 1) / max(1, splits);
-  return int2(first + split * each, min(last, first + (split + 1) * each));
-}
-
 // q: [B, Hq, L, DK]; k_tiles, v_tiles: [B, Hkv, tiles, words], k_scale, v_scale: [B, Hkv, 32 tiles], contiguous, whole
-// buffers whatever they hold; sinks and recent tokens as in exact.h; mask as in `masked`, lengths and sizes as in
-// `tokens_of`. The last split is of the exact tokens where `with_exact`. `factor` is scale · log2(e).
+// buffers whatever they hold, scales null where the quantizer has none; k_mean: [B, Hkv, groups, DK], contiguous, null where
+// there are none; sinks and recent tokens as in exact.h; mask as in `masked`, lengths and sizes as in `tokens_of`. The last
+// split is of the exact tokens where `with_exact`. `factor` is scale · log2(e).
 template <
     typename D,
     typename QStrides,
@@ -367,6 +381,8 @@ static inline void decode(
     const device uint *v_tiles,
     Shape v_shape,
     const device half *v_scale,
+    const device half *k_mean,
+    int groups,
     const device typename D::Element *sink_k,
     Strides sink_k_strides,
     const device typename D::Element *sink_v,
@@ -385,6 +401,7 @@ static inline void decode(
     threadgroup float *query,
     threadgroup float *weight,
     threadgroup typename D::S *stage,
+    threadgroup float *products,
     uint3 group,
     uint thread_index,
     uint lane) {
@@ -419,13 +436,23 @@ static inline void decode(
   } else {
     const int2 range = tiles_of(tokens, int(group.x), int(body_splits));
     const long head = long(group.z) * kv_heads + kv_head;
-    for (int tile = range.x + int(own); tile < range.y; tile += int(D::SIMDGROUPS)) {
-      const long k_at = head * k_shape[2] + tile, v_at = head * v_shape[2] + tile;
-      work.template body_tile<Mask, MaskStrides>(
-          k_tiles + k_at * D::Keys::TILE_WORDS, k_scale + k_at * MLX_ROTOR_TILE,
-          v_tiles + v_at * D::Values::TILE_WORDS, v_scale + v_at * MLX_ROTOR_TILE, tokens,
-          tile * MLX_ROTOR_TILE + int(lane), mask, mask_strides, group.z, kv_head * heads, query,
-          own_weight, own_stage, lane);
+    constexpr uint group_tiles = D::GROUP_TILES > 0 ? D::GROUP_TILES : 1;
+    for (int first = range.x; first < range.y; first += D::STRETCH) {
+      const int last = min(range.y, first + D::STRETCH);
+      const uint first_group = uint(first) / group_tiles;
+      if (D::GROUP_TILES > 0) {
+        mean_products<typename D::Keys, D::KEY_DIM, D::BLOCK, D::SIMDGROUPS>(
+            k_mean + (head * groups + first_group) * D::KEY_DIM, uint(last - 1) / group_tiles - first_group, query,
+            products, own, lane);
+      }
+      for (int tile = first + int(own); tile < last; tile += int(D::SIMDGROUPS)) {
+        const long k_at = head * k_shape[2] + tile, v_at = head * v_shape[2] + tile;
+        work.template body_tile<Mask, MaskStrides>(
+            k_tiles + k_at * D::Keys::TILE_WORDS, k_scale + k_at * MLX_ROTOR_TILE,
+            v_tiles + v_at * D::Values::TILE_WORDS, v_scale + v_at * MLX_ROTOR_TILE, tokens,
+            tile * MLX_ROTOR_TILE + int(lane), mask, mask_strides, group.z, kv_head * heads, query,
+            products + (uint(tile) / group_tiles - first_group) * D::BLOCK, own_weight, own_stage, lane);
+      }
     }
   }
   const long first = (long(group.z) * kv_heads + kv_head) * D::BLOCK * splits;

@@ -1,4 +1,4 @@
-// Packed tokens back in the model's basis: decode, scale, undo the rotation, write whole lines.
+// Packed tokens back in the model's basis: decode, scale, add the mean, undo the rotation, write whole lines.
 //
 // A threadgroup of four simdgroups makes one tile of one head, 16 tokens at a time: a thread decodes a part of one
 // token's units, then eight lanes turn a vector back.
@@ -7,6 +7,7 @@
 #define MLX_ROTOR_ATTENTION_DEQUANTIZE_H
 
 #include "../codec/fields.h"
+#include "../codec/mean.h"
 
 #define MLX_ROTOR_DEQUANTIZE_THREADS 128
 #define MLX_ROTOR_DEQUANTIZE_VECTORS 16
@@ -17,19 +18,29 @@ static inline constexpr uint dequantize_room() {
   return DIM + 1;
 }
 
-// tiles: [B, H, room / 32, TILE_WORDS], scale: [B, H, room], contiguous; bounds: the first token and the one behind the
-// last; out: [B, H, bounds[1] - bounds[0], DIM]. `table` and `root` are the inverse rotation's. Threadgroup memory:
-// vector [16 · dequantize_room]. The grid is (128 tiles touched, H, B) threads.
-template <typename Quantizer, typename Rotation, uint DIM, typename Shape, typename Bounds, typename Out>
+// tiles: [B, H, room / 32, TILE_WORDS], scale: [B, H, room], contiguous, null where the quantizer has none; bounds: the
+// first token and the one behind the last; out: [B, H, bounds[1] - bounds[0], DIM]. `table` and `root` are the inverse
+// rotation's. Threadgroup memory: vector [16 · dequantize_room], centre [DIM] where there are means. The grid is
+// (128 tiles touched, H, B) threads.
+template <
+    typename Quantizer,
+    typename Rotation,
+    uint DIM,
+    typename Shape,
+    typename Bounds,
+    typename Out,
+    typename Means>
 static inline void dequantize(
     const device uint *tiles,
     Shape shape,
     const device half *scale,
     const device uint *table,
     float root,
+    Means mean,
     Bounds bounds,
     device Out *out,
     threadgroup float *vector,
+    threadgroup float *centre,
     uint3 group,
     uint3 groups,
     uint thread_index,
@@ -45,9 +56,13 @@ static inline void dequantize(
   const uint mine = thread_index % MLX_ROTOR_DEQUANTIZE_VECTORS, part = thread_index / MLX_ROTOR_DEQUANTIZE_VECTORS;
   const uint begin = part * Quantizer::UNITS / parts, end = (part + 1) * Quantizer::UNITS / parts;
   const uint slot = thread_index / 8, lane8 = lane & 7;
+  if (Means::HELD) {
+    mean.template stage<DIM>(centre, at, group, thread_index, MLX_ROTOR_DEQUANTIZE_THREADS);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
   for (uint half_tile = 0; half_tile < MLX_ROTOR_TILE; half_tile += MLX_ROTOR_DEQUANTIZE_VECTORS) {
     if (begin < end) {
-      const float own_scale = float(scales[half_tile + mine]);
+      const float own_scale = Quantizer::SCALED ? float(scales[half_tile + mine]) : 1.0f;
       Quantizer decoder;
       decoder.begin_part(tile, half_tile + mine, begin);
       half2 level[Quantizer::FIELDS / 2];
@@ -56,8 +71,11 @@ static inline void dequantize(
         MLX_ROTOR_UNROLL
         for (uint i = 0; i < Quantizer::FIELDS / 2; ++i) {
           const uint p = u * Quantizer::FIELDS + 2 * i;
-          vector[mine * room + Quantizer::element(p)] = float(level[i].x) * own_scale;
-          vector[mine * room + Quantizer::element(p + 1)] = float(level[i].y) * own_scale;
+          const uint e = Quantizer::element(p), other = Quantizer::element(p + 1);
+          const float x = float(level[i].x) * own_scale;
+          const float y = float(level[i].y) * own_scale;
+          vector[mine * room + e] = Means::HELD ? x + centre[e] : x;
+          vector[mine * room + other] = Means::HELD ? y + centre[other] : y;
         }
       }
     }

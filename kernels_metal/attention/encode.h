@@ -1,4 +1,4 @@
-// Encodes a chunk of vectors, all heads in one launch: rotate, search codes, fit the scale, pack.
+// Encodes a chunk of vectors, all heads in one launch: rotate, take the mean off, search codes, fit the scale, pack.
 //
 // A threadgroup of four simdgroups makes tiles of one head, 16 tokens at a time, eight lanes a vector. It makes two: what it
 // reads of the rotation is then little beside them.
@@ -7,12 +7,14 @@
 #define MLX_ROTOR_ATTENTION_ENCODE_H
 
 #include "../codec/fields.h"
+#include "../codec/mean.h"
 
 #define MLX_ROTOR_ENCODE_THREADS 128
 #define MLX_ROTOR_ENCODE_TILES 2
 
 // Vectors encoded at a time, and the threadgroup memory that takes: `vector` VECTORS · DIM, `packed` 32 · WORDS,
-// `over` and `fitted` 32, `codes` VECTORS · DIM, `scratch` as many words as `scratch_words` says.
+// `over` and `fitted` 32, `codes` VECTORS · DIM, `scratch` as many words as `scratch_words` says, `centre` as many as
+// `centre_words`.
 #define MLX_ROTOR_ENCODE_VECTORS (MLX_ROTOR_ENCODE_THREADS / 8)
 
 template <typename Quantizer>
@@ -20,16 +22,29 @@ static inline constexpr uint scratch_words() {
   return MLX_ROTOR_ENCODE_VECTORS * Quantizer::SCRATCH / 4 + (Quantizer::SCRATCH == 0 ? 1 : 0);
 }
 
-// x: [B, H, n, DIM] with strides; tiles: [B, H, ceil(n / 32), TILE_WORDS]; scale: [B, H, 32 ceil(n / 32)]. Words and
-// scales behind token n are 0.
+template <typename Means, uint DIM>
+static inline constexpr uint centre_words() {
+  return Means::HELD ? DIM : 1;
+}
+
+// x: [B, H, n, DIM] with strides; tiles: [B, H, ceil(n / 32), TILE_WORDS]; scale: [B, H, 32 ceil(n / 32)], null where the
+// quantizer has none; vectors are then encoded as they are, times `root`. Words and scales behind token n are 0.
 // The grid is (128 · ceil(tiles / 2), H, B) threads.
-template <typename Quantizer, typename Rotation, uint DIM, typename T, typename Shape, typename Strides>
+template <
+    typename Quantizer,
+    typename Rotation,
+    uint DIM,
+    typename T,
+    typename Shape,
+    typename Strides,
+    typename Means>
 static inline void encode(
     const device T *x,
     Shape shape,
     Strides strides,
     const device uint *table,
     float root,
+    Means mean,
     device uint *tiles,
     device half *scales,
     threadgroup uint *staged,
@@ -39,12 +54,12 @@ static inline void encode(
     threadgroup half *fitted,
     threadgroup uchar *all_codes,
     threadgroup uint *scratch,
+    threadgroup float *centre,
     uint3 group,
     uint3 groups,
     uint thread_index,
     uint lane) {
   stage_table(table, staged, Rotation::TABLE, thread_index, MLX_ROTOR_ENCODE_THREADS);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   const uint tokens = uint(shape[2]);
   const uint slot = thread_index / 8, lane8 = lane & 7;
   threadgroup float *v = vector + slot * DIM;
@@ -52,6 +67,8 @@ static inline void encode(
   const uint count = (tokens + MLX_ROTOR_TILE - 1) / MLX_ROTOR_TILE;
   const uint first = group.x * MLX_ROTOR_ENCODE_TILES;
   for (uint tile = first; tile < count && tile < first + MLX_ROTOR_ENCODE_TILES; ++tile) {
+    mean.template stage<DIM>(centre, tile, group, thread_index, MLX_ROTOR_ENCODE_THREADS);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint half_tile = 0; half_tile < MLX_ROTOR_TILE; half_tile += MLX_ROTOR_ENCODE_VECTORS) {
       // A simdgroup loads its four vectors, one after another, whole lines at a time.
       for (uint i = 0; i < 4; ++i) {
@@ -65,8 +82,17 @@ static inline void encode(
       simdgroup_barrier(mem_flags::mem_threadgroup);
       float y[DIM / 8], c[DIM / 8];
       Rotation::apply(v, staged, root, lane, y);
-      const float power = dot_of_eight(y, y) * (1.0f / float(DIM));
-      const float inverse_rms = power > 0 ? 1.0f / precise::sqrt(power) : 0.0f;
+      if (Means::HELD) {
+        MLX_ROTOR_UNROLL
+        for (uint i = 0; i < DIM / 8; ++i) {
+          y[i] = y[i] - centre[lane8 + 8 * i];
+        }
+      }
+      float inverse_rms = 1.0f;
+      if (Quantizer::SCALED) {
+        const float power = dot_of_eight(y, y) * (1.0f / float(DIM));
+        inverse_rms = power > 0 ? 1.0f / precise::sqrt(power) : 0.0f;
+      }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       MLX_ROTOR_UNROLL
       for (uint i = 0; i < DIM / 8; ++i) {
@@ -75,10 +101,10 @@ static inline void encode(
       simdgroup_barrier(mem_flags::mem_threadgroup);
       threadgroup uchar *codes = all_codes + slot * DIM;
       Quantizer::encode(v, y, inverse_rms, codes, scratch + slot * Quantizer::SCRATCH / 4, lane, c);
-      const float fit = dot_of_eight(c, y) / dot_of_eight(c, c);
+      const float fit = Quantizer::SCALED ? dot_of_eight(c, y) / dot_of_eight(c, c) : 0.0f;
       simdgroup_barrier(mem_flags::mem_threadgroup);
       Quantizer::pack(codes, packed, over, half_tile + slot, lane8);
-      if (lane8 == 0) {
+      if (Quantizer::SCALED && lane8 == 0) {
         fitted[half_tile + slot] = half(fmin(fit, 65504.0f));
       }
     }
@@ -96,10 +122,9 @@ static inline void encode(
       }
       tiles[made * Quantizer::TILE_WORDS + w] = word;
     }
-    if (thread_index < MLX_ROTOR_TILE) {
+    if (Quantizer::SCALED && thread_index < MLX_ROTOR_TILE) {
       scales[made * MLX_ROTOR_TILE + thread_index] = thread_index < held ? fitted[thread_index] : half(0.0f);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 

@@ -1,5 +1,5 @@
-// Puts the splits of attention together: undoes the rotation of the body's values once a row, adds the exact tokens' part
-// and the attention-sink logit, divides by the sum of weights.
+// Puts the splits of attention together: adds the values' means by their tokens' weights, undoes the rotation of the body's
+// values once a row, adds the exact tokens' part and the attention-sink logit, divides by the sum of weights.
 
 #ifndef MLX_ROTOR_ATTENTION_MERGE_H
 #define MLX_ROTOR_ATTENTION_MERGE_H
@@ -8,9 +8,19 @@
 
 // partial: [B, Hkv, G · L, splits, DV], `body_splits` of them in the order VQ's levels come in, then, if there is one
 // more, the exact tokens' in plain order; stats: [B, Hkv, G · L, splits, 2]; at most 32 splits; out: [B, Hq, L, DV].
-// `logits`: [Hq] where `sunk`. A simdgroup makes a row; the grid is (32 Hq · L · B) threads. `vector`: 4 · DV floats, as
-// a rotation turns four vectors at once; three are zeros. A row that sees nothing is 0.
-template <typename VQ, typename Rotation, uint DV, typename Stats, typename Logits, typename T>
+// `logits`: [Hq] where `sunk`. CENTRED: V has means, [B, Hkv, segments, DV] in the codec's basis, contiguous; those splits of
+// the body below ends[g] and of no segment before are segment g's. `group_rows` is G · L. A simdgroup makes a row; the grid
+// is (32 Hq · L · B) threads. `vector`: 4 · DV floats, as a rotation turns four vectors at once; three are zeros. A row that
+// sees nothing is 0.
+template <
+    typename VQ,
+    typename Rotation,
+    uint DV,
+    bool CENTRED,
+    typename Stats,
+    typename Logits,
+    typename Ends,
+    typename T>
 static inline void merge(
     const device float *partial,
     Stats stats,
@@ -18,6 +28,10 @@ static inline void merge(
     float root,
     Logits logits,
     bool sunk,
+    const device half *mean,
+    Ends ends,
+    uint segments,
+    uint group_rows,
     uint heads,
     uint queries,
     uint body_splits,
@@ -49,6 +63,22 @@ static inline void merge(
       if (lane + 32 * i < DV) {
         sum[i] = fma(from[s * DV + lane + 32 * i], part, sum[i]);
       }
+    }
+  }
+  if (CENTRED) {
+    const device half *own_mean = mean + long(row / group_rows) * segments * DV;
+    uint begin = 0;
+    for (uint g = 0; g < segments; ++g) {
+      const uint end = uint(ends[g]);
+      const float mass = simd_sum(lane >= begin && lane < end ? own_sum * own_part : 0.0f);
+      MLX_ROTOR_UNROLL
+      for (uint i = 0; i < (DV + 31) / 32; ++i) {
+        const uint p = lane + 32 * i;
+        if (p < DV) {
+          sum[i] = fma(float(own_mean[g * DV + VQ::element(lane) + 32 / VQ::FIELDS * i]), mass, sum[i]);
+        }
+      }
+      begin = end;
     }
   }
   MLX_ROTOR_UNROLL

@@ -13,26 +13,29 @@
 #include "steps.h"
 
 #define MLX_ROTOR_PREFILL_ROWS 32
-// Threadgroup memory: stage [WIDTH · ROOM] of S, scales [2 · TOKENS] floats.
-template <typename T, typename S, typename KQ, typename VQ, uint DK, uint DV, int MASK>
+// SPAN: tiles that share a mean of K, 0 where K has none.
+// Threadgroup memory: stage [WIDTH · ROOM] of S, scales [SCALES] floats.
+template <typename T, typename S, typename KQ, typename VQ, uint DK, uint DV, int MASK, uint SPAN>
 struct Prefill {
   typedef T Element;
   typedef S Staged;
   typedef KQ Keys;
   typedef VQ Values;
-  typedef BodyTokens<S, KQ, VQ> Body;
+  typedef BodyTokens<S, KQ, VQ, SPAN> Body;
   typedef ExactTokens<T, DK, DV> Exact;
   static constant constexpr const uint WIDTH = DK > DV ? DK : DV;
   static constant constexpr const uint KEY_DIM = DK;
   static constant constexpr const uint VALUE_DIM = DV;
   static constant constexpr const uint TOKENS = Steps<S>::TOKENS;
   static constant constexpr const uint ROOM = Steps<S>::ROOM;
+  static constant constexpr const uint SCALES = 2 * TOKENS + (SPAN > 0 ? DK : 0);
 
   simdgroup_float8x8 q[DK / 8], o[DV / 8];
-  // Of this lane: its row of the matrices and the first of its two columns; the query of the row, and what it summed.
+  // Of this lane: its row of the matrices and the first of its two columns; the query of the row, what it summed, and its
+  // product with K's mean.
   uint row, column;
   uint head, query;
-  float top, sum;
+  float top, sum, product;
 
   inline void begin(uint first_head, uint own_row, uint queries, uint lane) thread {
     row = (lane / 16) * 4 + lane / 2 % 4;
@@ -40,7 +43,7 @@ struct Prefill {
     head = first_head + own_row / queries;
     query = own_row % queries;
     top = MLX_ROTOR_UNSEEN;
-    sum = 0;
+    sum = product = 0;
     MLX_ROTOR_UNROLL
     for (uint d = 0; d < DV / 8; ++d) {
       o[d] = simdgroup_float8x8(0.0f);
@@ -71,6 +74,17 @@ struct Prefill {
       uint thread_index) thread {
     source.stage_keys(first, stage, scales, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (source.fresh(first)) {
+      const threadgroup float *mean = source.mean(scales);
+      product = 0;
+      MLX_ROTOR_UNROLL
+      for (uint k = 0; k < DK / 8; ++k) {
+        product = fma(q[k].thread_elements()[0], mean[8 * k + column], product);
+        product = fma(q[k].thread_elements()[1], mean[8 * k + column + 1], product);
+      }
+      product += simd_shuffle_xor(product, ushort(1));
+      product += simd_shuffle_xor(product, ushort(8));
+    }
     simdgroup_float8x8 s[TOKENS / 8];
     MLX_ROTOR_UNROLL
     for (uint n = 0; n < TOKENS / 8; ++n) {
@@ -95,9 +109,9 @@ struct Prefill {
         const uint i = 8 * n + column + e;
         const int token = first + int(i);
         float score = MLX_ROTOR_UNSEEN;
-        if (token < source.count && tokens.sees(int(query), source.position(token))) {
+        if (token < source.count && source.seen(tokens, int(query), token)) {
           score = masked<MASK>(
-              s[n].thread_elements()[e] * source.key_scale(scales, i), mask, mask_strides, batch, head, query,
+              source.score(s[n].thread_elements()[e], product, scales, i), mask, mask_strides, batch, head, query,
               source.slot(token));
         }
         s[n].thread_elements()[e] = score;
@@ -179,6 +193,8 @@ static inline void prefill(
     const device uint *v_tiles,
     Shape v_shape,
     const device half *v_scale,
+    const device half *k_mean,
+    int groups,
     const device typename P::Element *sink_k,
     Strides sink_k_strides,
     const device typename P::Element *sink_v,
@@ -221,13 +237,11 @@ static inline void prefill(
     typename P::Exact exact;
     exact.keys = exact_rows(sink_k, sink_k_strides, recent_k, recent_k_strides, group.z, kv_head);
     exact.values = exact_rows(sink_v, sink_v_strides, recent_v, recent_v_strides, group.z, kv_head);
+    exact.tokens = tokens;
     exact.count = tokens.sinks + tokens.recent;
-    exact.sinks = tokens.sinks;
-    exact.body = tokens.body;
-    exact.recent_slot = tokens.recent_slot;
     for (int first = 0; first < exact.count; first += int(P::TOKENS)) {
       const int last = min(first + int(P::TOKENS), exact.count) - 1;
-      if (exact.position(last) >= span.x && exact.position(first) < span.y) {
+      if ((exact.position(last) >= span.x || first < tokens.kept) && exact.position(first) < span.y) {
         work.take(
             exact, tokens, first, mask, mask_strides, group.z, (threadgroup typename P::Element *)stage, scales,
             thread_index);
@@ -241,16 +255,17 @@ static inline void prefill(
     body.k_scale = k_scale + head * k_shape[2] * MLX_ROTOR_TILE;
     body.v_scale = v_scale + head * v_shape[2] * MLX_ROTOR_TILE;
     body.count = tokens.body;
-    body.first_position = tokens.sinks;
+    body.k_mean = k_mean + head * groups * P::KEY_DIM;
+    body.first_position = tokens.before;
     body.first_slot = tokens.body_slot;
     // The block's tiles, in equal parts.
-    const int stop = min(tokens.body, span.y - tokens.sinks);
-    const int first_tile = max(0, span.x - tokens.sinks) / MLX_ROTOR_TILE;
+    const int stop = min(tokens.body, span.y - tokens.before);
+    const int first_tile = max(0, span.x - tokens.before) / MLX_ROTOR_TILE;
     const int tiles = max(0, (stop + MLX_ROTOR_TILE - 1) / MLX_ROTOR_TILE - first_tile);
     const int each = (tiles + int(body_splits) - 1) / int(body_splits);
-    const int begin = (first_tile + int(group.x) * each) * MLX_ROTOR_TILE;
-    const int end = min(stop, begin + each * MLX_ROTOR_TILE);
-    for (int first = begin; first < end; first += int(P::TOKENS)) {
+    body.first_token = (first_tile + int(group.x) * each) * MLX_ROTOR_TILE;
+    const int end = min(stop, body.first_token + each * MLX_ROTOR_TILE);
+    for (int first = body.first_token; first < end; first += int(P::TOKENS)) {
       work.take(body, tokens, first, mask, mask_strides, group.z, stage, scales, thread_index);
     }
   }

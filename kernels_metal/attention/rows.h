@@ -17,10 +17,11 @@
 #define MLX_ROTOR_BOOL_MASK 1
 #define MLX_ROTOR_ADDED_MASK 2
 
-// One batch row's tokens: sinks, then body, then recent ones. Slots count the room of the three, in the same order: a
-// mask's columns.
+// One batch row's tokens: sinks, then body, then recent ones. Where packed tokens are several runs, a launch's body is one of
+// them, and those before and behind it are only counted. Slots count the room of all, in the same order: a mask's columns.
 struct Tokens {
-  int sinks, body, recent;
+  // before: tokens in front of the body; recent: behind it; kept: first tokens that are seen whatever the window.
+  int sinks, before, body, recent, kept;
   int body_slot, recent_slot;
   int queries, window;
   // Tokens behind the last query's own: a long chunk's queries come in pieces.
@@ -28,28 +29,40 @@ struct Tokens {
   bool causal;
 
   inline int total() const thread {
-    return sinks + body + recent;
+    return before + body + recent;
   }
   // Query l's own position; below 0 where the batch row is shorter than its queries: it then sees nothing.
   inline int own(int l) const thread {
     return total() - behind - queries + l;
   }
-  // Whether query l sees position p.
+  // Whether query l sees position p, which is no sink's; or a sink's too.
   inline bool sees(int l, int p) const thread {
     return own(l) >= 0 && (!causal || p <= own(l)) && (window == 0 || p > own(l) - window);
   }
-  // Queries l to last see no positions but x .. y - 1.
+  inline bool sees_any(int l, int p) const thread {
+    return sees(l, p) || (p < kept && own(l) >= 0 && (!causal || p <= own(l)));
+  }
+  // Position and slot of exact token i.
+  inline int exact_position(int i) const thread {
+    return i < sinks ? i : i - sinks + before + body;
+  }
+  inline int exact_slot(int i) const thread {
+    return i < sinks ? i : i - sinks + recent_slot;
+  }
+  // Queries l to last see no positions but x .. y - 1, and kept ones.
   inline int2 span(int l, int last) const thread {
     return int2(window == 0 ? 0 : max(0, own(l) - window + 1), causal ? min(total(), own(last) + 1) : total());
   }
-  // The first position that any query sees.
+  // The first position behind kept ones that any query sees.
   inline int start() const thread {
     return span(0, 0).x;
   }
 };
 
-// lengths: [B, 3]; sizes: queries, heads a KV head serves, splits of the body, window, flags, slots of sinks, of body. Flags:
-// 1 for causal, 2 where exact tokens have a split of their own behind the body's, 4 times the tokens behind the queries.
+// lengths: [B, 3], sinks, body, and all behind the body; sizes: queries, heads a KV head serves, splits of the body,
+// window, flags, slots before the body, slots of the body. Flags: 1 for causal, 2 where exact tokens have a split of their
+// own behind the body's, 4 where sinks are seen whatever the window, 8 where all slots before the body hold tokens and some
+// are no sinks, 16 times the tokens behind the queries.
 template <typename Sizes>
 static inline uint exact_splits(Sizes sizes) {
   return uint(sizes[4] >> 1 & 1);
@@ -59,6 +72,8 @@ template <typename Lengths, typename Sizes>
 static inline Tokens tokens_of(Lengths lengths, Sizes sizes, uint row) {
   Tokens t;
   t.sinks = lengths[3 * row];
+  t.before = (sizes[4] & 8) != 0 ? sizes[5] : t.sinks;
+  t.kept = (sizes[4] & 4) != 0 ? t.sinks : 0;
   t.body = lengths[3 * row + 1];
   t.recent = lengths[3 * row + 2];
   t.queries = sizes[0];
@@ -66,8 +81,16 @@ static inline Tokens tokens_of(Lengths lengths, Sizes sizes, uint row) {
   t.causal = (sizes[4] & 1) != 0;
   t.body_slot = sizes[5];
   t.recent_slot = sizes[5] + sizes[6];
-  t.behind = sizes[4] >> 2;
+  t.behind = sizes[4] >> 4;
   return t;
+}
+
+// The range of body tiles, [x, y), of split `split` of `splits`; tiles that no query sees are left out.
+static inline int2 tiles_of(thread const Tokens &tokens, int split, int splits) {
+  const int first = max(0, tokens.start() - tokens.before) / MLX_ROTOR_TILE;
+  const int last = (tokens.body + MLX_ROTOR_TILE - 1) / MLX_ROTOR_TILE;
+  const int each = (max(0, last - first) + splits - 1) / max(1, splits);
+  return int2(first + split * each, min(last, first + (split + 1) * each));
 }
 
 // The score of a row for the token in `slot`, masked. mask: [B, Hq, L, slots] with strides.

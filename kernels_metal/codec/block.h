@@ -1,32 +1,50 @@
-// A rotation that turns blocks of SIZE neighbours, each by a number of its own: 2, complex numbers (planar); 4, quaternions
-// from the left (iso); 3, rotors of Cl(3,0) from both sides (rotor). Of a last block of rotors that is smaller, two elements
-// are turned by a complex number and one is left alone.
+// A rotation that turns blocks of SIZE neighbours, each by numbers of its own: 2, complex numbers (planar); 4, quaternions
+// from the left (iso), or from both sides, BOTH (isofull); 3, rotors of Cl(3,0) from both sides (rotor). Of a last block of
+// rotors that is smaller, two elements are turned by a complex number and one is left alone.
 //
 // `table`: for each block its numbers' parts as the bits of floats: two for a complex number, four for a quaternion or a
-// rotor (scalar part first, then the axis). The inverse is the same map with all conjugated.
+// rotor (scalar part first, then the axis), the left quaternion before the right. The inverse is the same map with all
+// conjugated.
 
 #ifndef MLX_ROTOR_CODEC_BLOCK_H
 #define MLX_ROTOR_CODEC_BLOCK_H
 
 #include "../common/eight.h"
 
-template <uint SIZE, uint DIM>
+template <uint SIZE, uint DIM, bool BOTH = false>
 struct Block {
-  static constant constexpr const uint PARTS = SIZE == 2 ? 2 : 4;
+  static_assert(SIZE == 4 || !BOTH, "only quaternions come in pairs");
+  static constant constexpr const uint PARTS = SIZE == 2 ? 2 : BOTH ? 8 : 4;
   static constant constexpr const uint REST = DIM % SIZE;
   // Words of the table.
   static constant constexpr const uint TABLE = (DIM / SIZE + (REST == 2 ? 1 : 0)) * PARTS;
 
-  // Element c of (parts of a complex number or quaternion) times the N elements at v: the product of units c ^ j and j is
-  // unit c, but for the sign.
+  // The product of units c ^ j and j is unit c, but for the sign: bit N c + j.
+  static constant constexpr const uint MINUS_COMPLEX = 0x2u, MINUS_QUATERNION = 0x284Eu;
+
+  // Element c of (parts of a complex number or quaternion) times the N elements at v.
   template <uint N, typename Numbers>
   static inline float product(Numbers parts, const threadgroup float *v, uint c) {
-    constexpr uint minus = N == 2 ? 0x2u : 0x284Eu;  // bit N c + j
+    constexpr uint minus = N == 2 ? MINUS_COMPLEX : MINUS_QUATERNION;
     float sum = 0;
     for (uint j = 0; j < N; ++j) {
       const float part = as_type<float>(parts[c ^ j]);
       const float term = (minus >> (N * c + j) & 1 ? -part : part) * v[j];
       sum = j == 0 ? term : sum + term;
+    }
+    return sum;
+  }
+
+  // Element c of a quaternion times (parts of a quaternion), the first on four neighbouring lanes. Collective.
+  template <typename Numbers>
+  static inline float right_product(float mine, Numbers parts, uint c) {
+    float sum = 0;
+    MLX_ROTOR_UNROLL
+    for (uint k = 0; k < 4; ++k) {
+      const float part = as_type<float>(parts[k]);
+      const float other = k == 0 ? mine : simd_shuffle_xor(mine, ushort(k));
+      const float term = (MINUS_QUATERNION >> (4 * c + k) & 1 ? -part : part) * other;
+      sum = k == 0 ? term : sum + term;
     }
     return sum;
   }
@@ -67,6 +85,9 @@ struct Block {
       Table parts = table + e / SIZE * PARTS;
       if (SIZE != 3) {
         y[i] = product<SIZE == 3 ? 2 : SIZE>(parts, v + first, e - first);
+        if (BOTH) {
+          y[i] = right_product(y[i], parts + 4, e - first);
+        }
       } else if (first + 3 <= DIM) {
         y[i] = sandwich(parts, v + first, e - first);
       } else {

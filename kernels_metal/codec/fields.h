@@ -1,10 +1,10 @@
-// Codes of 2, 3 or 4 bits in the words of a tile: 32 tokens of one head, DIM · BITS words.
+// Codes of 2, 3, 4 or 8 bits in the words of a tile: 32 tokens of one head, DIM · BITS words.
 //
 // Word w of token t of the tile stands at tile[32 w + t]: a simdgroup that walks its 32 tokens reads a whole line at a
 // time. A vector of DIM elements is UNITS units of FIELDS codes; element e is field e / UNITS of unit e % UNITS, so that
-// the neighbours of an element stand in the units before and behind it, at the same place. BITS 4: a unit is a word of
-// nibbles. BITS 2: a word of pairs. BITS 3: a word of pairs, the low bits, and the high bits of two units in a third word
-// behind them, the even unit's at even places. Where UNITS is odd, the last unit's high bits are 16 bits, and
+// the neighbours of an element stand in the units before and behind it, at the same place. BITS 8: a unit is a word of
+// bytes. BITS 4: of nibbles. BITS 2: of pairs. BITS 3: a word of pairs, the low bits, and the high bits of two units in a
+// third word behind them, the even unit's at even places. Where UNITS is odd, the last unit's high bits are 16 bits, and
 // those of two tokens share a word at the end of the tile.
 
 #ifndef MLX_ROTOR_CODEC_FIELDS_H
@@ -14,9 +14,10 @@
 
 template <uint BITS, uint DIM>
 struct Fields {
-  static_assert(BITS >= 2 && BITS <= 4 && DIM % 16 == 0, "codes of 2 to 4 bits, a multiple of 16 of them");
-  static constant constexpr const uint FIELDS = BITS == 4 ? 8 : 16;
-  static constant constexpr const uint STRIDE = BITS == 4 ? 4 : 2;
+  static_assert((BITS >= 2 && BITS <= 4) || BITS == 8, "codes of 2 to 4 or 8 bits");
+  static_assert(DIM % 16 == 0, "a multiple of 16 codes");
+  static constant constexpr const uint STRIDE = BITS == 3 ? 2 : BITS;
+  static constant constexpr const uint FIELDS = 32 / STRIDE;
   static constant constexpr const uint UNITS = DIM / FIELDS;
   static constant constexpr const uint WORDS = DIM * BITS / 32;
   static constant constexpr const uint TILE_WORDS = DIM * BITS;

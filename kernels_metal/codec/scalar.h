@@ -10,6 +10,8 @@ template <uint BITS, uint DIM>
 struct Scalar : Fields<BITS, DIM> {
   typedef Fields<BITS, DIM> Layout;
   typedef Curve<(1u << BITS), false> Levels;
+  // Whether every vector has a scale of its own.
+  static constant constexpr const bool SCALED = true;
   // Bytes a vector needs while it is encoded, beside its codes.
   static constant constexpr const uint SCRATCH = 0;
   uint high_word;

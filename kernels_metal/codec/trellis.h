@@ -15,6 +15,8 @@ template <uint BITS, uint DIM>
 struct Trellis : Fields<BITS, DIM> {
   typedef Fields<BITS, DIM> Layout;
   typedef Curve<(2u << BITS), true> Levels;
+  // Whether every vector has a scale of its own.
+  static constant constexpr const bool SCALED = true;
   static constant constexpr const uint AMPLITUDES = 1u << (BITS - 1);
   static constant constexpr const uint DECISION_WORDS = (DIM + 31) / 32;
   static constant constexpr const uint SCRATCH = 8 * DECISION_WORDS * 4;

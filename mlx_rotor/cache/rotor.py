@@ -1,29 +1,22 @@
 """RotorCache: one layer's KV cache in mlx_lm's cache protocol. First tokens and recent tokens exact, the body packed.
 
-Holds arrays, numbers and names only, so that it can be deep-copied, saved and handed to another thread. Knows no model.
+Holds arrays, numbers and names only, so that it can be copied, saved and handed to another thread. Knows no model.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import RotorError
-from ..kernels import ExactRun, PackedRun, StoredRun
+from ..kernels import ExactRun, StoredRun
 from . import saved
-from .rows import Body, grown
-from .view import Counts, KVView, views
-
-
-def _mask(n: int, offset: int, return_array: bool, window_size: int | None) -> mx.array | str | None:
-    """The mask mlx_lm's plain KVCache makes for n new tokens after `offset`."""
-    if window_size is None and (n == 1 or not return_array):
-        return None if n == 1 else "causal"
-    rows = mx.arange(offset, offset + n)[:, None]
-    columns = mx.arange(offset + n)[None]
-    mask = rows >= columns
-    return mask if window_size is None else mask & (rows < columns + window_size)
+from .body import SPAN, Body
+from .ring import Ring
+from .view import Counts, KVView, Mask, Tokens, causal_mask, expanded, views
 
 
 class RotorCache:
@@ -34,39 +27,67 @@ class RotorCache:
         sinks: first tokens kept exact.
         ring: recent tokens kept exact, at least; the oldest are packed once there would be more than ring + block.
         block: the body's length is a multiple of it, so that appends to it need not start inside a tile.
+        centre: take means off before packing, see `Body`.
+        window: recent tokens that a query sees, itself among them, and sinks whatever it is; older ones are dropped.
+            None: all. A layer with a sliding window has no sinks.
+        fingerprint: of the model it is for; goes into files.
     """
 
-    def __init__(self, k: str, v: str, sinks: int = 4, ring: int = 128, block: int = 32) -> None:
+    def __init__(
+        self,
+        k: str,
+        v: str,
+        sinks: int = 4,
+        ring: int = 128,
+        block: int = 32,
+        *,
+        centre: bool = True,
+        window: int | None = None,
+        fingerprint: str = "",
+    ) -> None:
         self.sinks, self.ring, self.block = sinks, ring, block
-        self.body_k, self.body_v = Body(k), Body(v)
+        self.window, self.fingerprint = window, fingerprint
+        self.body = Body(k, v, centre, [])
         self.sink_k: mx.array | None = None
         self.sink_v: mx.array | None = None
-        # Grows to ring + block tokens, of which the first ring_length are held.
-        self.ring_k: mx.array | None = None
-        self.ring_v: mx.array | None = None
-        self.ring_length = 0
+        self.recent = Ring(ring + block, block)
+        self.dropped = 0
         self.counts = Counts()
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        """Before the body is written to: what is kept for the next call refers to its buffers, and a buffer that is
+        referred to is copied."""
+        self._views: tuple[tuple[int, mx.Dtype, int], list[StoredRun], mx.array, mx.array] | None = None
 
     # ------------------------------------------------------------ tokens in
     @property
+    def held(self) -> int:
+        """Tokens there are K and V of."""
+        return (0 if self.sink_k is None else int(self.sink_k.shape[2])) + self.body.length + self.recent.length
+
+    @property
+    def ring_length(self) -> int:
+        """Tokens in the ring."""
+        return self.recent.length
+
+    @property
     def offset(self) -> int:
-        """Tokens held, and the position of the next one."""
-        held = 0 if self.sink_k is None else self.sink_k.shape[2]
-        return int(held + self.body_k.length + self.ring_length)
+        """Tokens taken in, and the position of the next one."""
+        return self.held + self.dropped
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
-        """Appends keys, values [B, H, L, D] (after RoPE) and returns views of every token, [B, H, offset, D].
+        """Appends keys, values [B, H, L, D] (after RoPE) and returns views of the tokens held, [B, H, held, D].
 
         The new tokens are seen exact by this call's attention, the ring too; what leaves the ring is packed at once,
         so that no exact copy of the body outlives the call.
         """
-        dtype = keys.dtype
-        body, recent = self.append(keys, values)
         # The buffers are read after they are written: the write then happens in place.
-        return views(self._runs(body, recent), dtype, self.counts)
+        return self.fetch(*self.append(keys, values), keys.dtype)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
         """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact run)."""
+        self.drop_unseen()
         first = 0 if self.sink_k is None else self.sink_k.shape[2]
         into_sinks = min(self.sinks - first, keys.shape[2])
         if into_sinks > 0:
@@ -74,7 +95,19 @@ class RotorCache:
             keys, values = keys[:, :, into_sinks:], values[:, :, into_sinks:]
         return self._append_recent(keys, values)
 
+    def drop_unseen(self) -> None:
+        """Drops packed tokens that no later query sees, a quarter of the window or more at a time."""
+        if self.window is None:
+            return
+        spans = (self.body.length + self.recent.length - self.window + 1) // SPAN
+        spans = min(spans, self.body.length // SPAN)
+        if spans > 0 and spans * SPAN >= self.window // 4:
+            self._forget_views()
+            self.body.drop(spans * SPAN)
+            self.dropped += spans * SPAN
+
     def _fill_sinks(self, keys: mx.array, values: mx.array) -> None:
+        self._forget_views()
         if self.sink_k is None or self.sink_v is None:
             # A copy: a slice would keep the whole prompt chunk alive.
             self.sink_k, self.sink_v = mx.contiguous(keys), mx.contiguous(values)
@@ -84,15 +117,15 @@ class RotorCache:
 
     def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
         """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact run) for this call to read."""
-        n, room = keys.shape[2], self.ring + self.block
-        if self.ring_length == room and n <= self.block:
-            self._pack(self._ring_run())
-        if self.ring_length + n <= room:
-            self._write_ring(keys, values)
-            return self.body_k.length, self._ring_run()
-        body, recent = self.body_k.length, ExactRun(keys, values)
-        if self.ring_length:
-            held = self._ring_run()
+        n, room = keys.shape[2], self.recent.room
+        if self.recent.length == room and n <= self.block:
+            self._pack(self.recent.run())
+        if self.recent.length + n <= room:
+            self.recent.write(keys, values)
+            return self.body.length, self.recent.run()
+        body, recent = self.body.length, ExactRun(keys, values)
+        if self.recent.length:
+            held = self.recent.run()
             recent = ExactRun(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
         self._pack(recent)
         return body, recent
@@ -100,82 +133,111 @@ class RotorCache:
     def _pack(self, recent: ExactRun) -> None:
         """Packs the oldest of more than `ring` exact tokens, to a whole block of the body; the rest become the ring."""
         n = recent.length - self.ring
-        n -= (self.body_k.length + n) % self.block
-        self.body_k.append(recent.k[:, :, :n])
-        self.body_v.append(recent.v[:, :, :n])
-        self.ring_length = 0
-        self._write_ring(recent.k[:, :, n:], recent.v[:, :, n:])
-
-    def _write_ring(self, keys: mx.array, values: mx.array) -> None:
-        n, room = keys.shape[2], self.ring + self.block
-        needed = self.ring_length + n
-        if self.ring_k is None or self.ring_v is None or needed > self.ring_k.shape[2]:
-            capacity = min(room, -(-needed // self.block) * self.block)
-            self.ring_k = grown(self.ring_k, keys, self.ring_length, capacity)
-            self.ring_v = grown(self.ring_v, values, self.ring_length, capacity)
-        start = self.ring_length
-        self.ring_k[:, :, start : start + n] = keys
-        self.ring_v[:, :, start : start + n] = values
-        self.ring_length += n
+        n -= (self.body.length + n) % self.block
+        self._forget_views()
+        self.body.append(recent.k[:, :, :n], recent.v[:, :, :n], recent.k, recent.v)
+        self.recent.length = 0
+        self.recent.write(recent.k[:, :, n:], recent.v[:, :, n:])
 
     # ------------------------------------------------------------ tokens out
-    def _runs(self, body: int, recent: ExactRun) -> list[StoredRun]:
-        """Sinks, the first `body` packed tokens and `recent`, those that hold anything."""
-        runs: list[StoredRun] = []
-        if self.sink_k is not None and self.sink_v is not None:
-            runs.append(ExactRun(self.sink_k, self.sink_v))
-        if body:
-            runs.append(PackedRun(body, self.body_k.side(), self.body_v.side()))
-        return runs + ([recent] if recent.length else [])
+    def fetch(self, body: int, recent: ExactRun, dtype: mx.Dtype) -> tuple[KVView, KVView]:
+        """Views of the sinks, the first `body` packed tokens and `recent`."""
+        tokens, k, v = self.tokens(body, recent, dtype)
+        return views(k, v, tokens)
 
-    def _ring_run(self) -> ExactRun:
-        assert self.ring_k is not None and self.ring_v is not None
-        return ExactRun(self.ring_k[:, :, : self.ring_length], self.ring_v[:, :, : self.ring_length])
+    def tokens(self, body: int, recent: ExactRun, dtype: mx.Dtype) -> tuple[Tokens, mx.array, mx.array]:
+        """What `fetch` is of: the runs, and lazy K and V."""
+        runs, k, v = self._behind(body, dtype)
+        self.counts.made += 1
+        if recent.length:
+            runs, k, v = [*runs, recent], [*k, recent.k], [*v, recent.v]
+        kept = self.window is not None and self.sink_k is not None and len(runs) > 1
+        tokens = Tokens(runs, self.counts, self.window, kept)
+        if len(k) == 1:
+            return tokens, k[0], v[0]
+        return tokens, mx.concatenate(k, axis=2), mx.concatenate(v, axis=2)
+
+    def _behind(self, body: int, dtype: mx.Dtype) -> tuple[list[StoredRun], list[mx.array], list[mx.array]]:
+        """Sinks and packed tokens: runs, and lazy arrays. The same objects as in the last call where nothing changed
+        and that call's attention has not evaluated them."""
+        now = (body, dtype, self.counts.fallback)
+        if self._views is not None and self._views[0] == now:
+            _, runs, k, v = self._views
+            return runs, [k], [v]
+        runs = [] if self.sink_k is None or self.sink_v is None else [ExactRun(self.sink_k, self.sink_v)]
+        runs += self.body.runs(body)
+        if not runs:
+            return [], [], []
+        parts = [expanded(run, dtype) for run in runs]
+        k, v = (
+            parts[0] if len(parts) == 1 else (mx.concatenate(list(side), axis=2) for side in zip(*parts, strict=True))
+        )
+        if body == self.body.length:
+            self._views = (now, runs, k, v)
+        return runs, [k], [v]
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """Views of the tokens held, or (None, None)."""
         if self.empty():
             return None, None
-        recent = self._ring_run()
-        return views(self._runs(self.body_k.length, recent), recent.k.dtype, self.counts)
+        recent = self.recent.run()
+        return self.fetch(self.body.length, recent, recent.k.dtype)
 
     @property
     def keys(self) -> mx.array | None:
         """An array that all later attention reads. Pipelined models set it to itself behind a dependency."""
-        return self.ring_k
+        return self.recent.k
 
     @keys.setter
     def keys(self, value: mx.array) -> None:
-        if self.ring_k is None or value.shape != self.ring_k.shape:
+        if self.recent.k is None or value.shape != self.recent.k.shape:
             raise RotorError("only the exact ring of a RotorCache can be set, with an array of its own shape")
-        self.ring_k = value
+        self.recent.k = value
 
     @property
     def values(self) -> mx.array | None:
-        return self.ring_v
+        return self.recent.v
 
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
-        return _mask(n, self.offset, return_array, window_size)
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask for n new tokens, over the tokens then held: what mlx_lm's caches give, None, "causal" or bool."""
+        self.drop_unseen()  # as the update that follows would
+        whole = self.window is None or self.held + n - self.sinks <= self.window
+        if whole and window_size is None and (n == 1 or not return_array):
+            return None if n == 1 else "causal"
+        rows = mx.arange(self.held, self.held + n)[:, None]
+        columns = mx.arange(self.held + n)[None]
+        mask = rows >= columns
+        windows = [w for w in (self.window, window_size) if w is not None]
+        if not windows:
+            return mask
+        if n > 1 and self.window is not None and max(windows) > self.window:
+            # A wider window of the model's own: as in mlx_lm, over a chunk and the past that one of this width holds.
+            near = (rows < columns + max(windows)) & (columns > self.held - self.window)
+            return mask & (near | (columns < self.sinks))
+        near = rows < columns + min(windows)
+        mask = mask & (near if self.window is None else near | (columns < self.sinks))
+        return causal_mask(mask, self.window) if min(windows) == self.window else mask
 
-    # ------------------------------------------------------------ length
+    # ------------------------------------------------------------ length and copies
     def size(self) -> int:
-        return self.offset
+        return self.held
 
     def empty(self) -> bool:
-        return self.offset == 0
+        return self.held == 0
 
     def is_trimmable(self) -> bool:
-        return True
+        """Not once tokens have been dropped: those before them would be needed again."""
+        return self.dropped == 0
 
     def trim(self, n: int) -> int:
         """Forgets the last n tokens, or all there are; returns how many."""
-        n = left = min(n, self.offset)
-        gone = min(left, self.ring_length)
-        self.ring_length -= gone
+        n = left = min(n, self.held)
+        self._forget_views()
+        gone = min(left, self.recent.length)
+        self.recent.length -= gone
         left -= gone
-        gone = min(left, self.body_k.length)
-        self.body_k.trim(gone)
-        self.body_v.trim(gone)
+        gone = min(left, self.body.length)
+        self.body.trim(gone)
         left -= gone
         if left and self.sink_k is not None and self.sink_v is not None:
             keep = self.sink_k.shape[2] - left
@@ -183,47 +245,63 @@ class RotorCache:
             self.sink_v = self.sink_v[:, :, :keep] if keep else None
         return n
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotorCache:
+        """Another cache of the same tokens. The body's memory is shared, see `Body.copy`; the ring's until a write."""
+        self._forget_views()
+        out = copy.copy(self)
+        out.body, out.counts = self.body.copy(), copy.copy(self.counts)
+        out.recent = self.recent.copy()
+        return out
+
+    @staticmethod
+    def merge(caches: Sequence[RotorCache]) -> Any:
+        """The caches of single sequences as a batch; they stay as they are."""
+        from .ragged import RaggedBatch
+
+        return RaggedBatch([copy.deepcopy(c) for c in caches])
+
     # ------------------------------------------------------------ bytes and files
-    def _arrays(self) -> list[mx.array | None]:
-        k, v = self.body_k, self.body_v
-        return [self.sink_k, self.sink_v, self.ring_k, self.ring_v, k.tiles, k.scale, v.tiles, v.scale]
+    @property
+    def codecs(self) -> tuple[str, str]:
+        return self.body.k, self.body.v
+
+    @property
+    def _exact(self) -> list[mx.array | None]:
+        return [self.sink_k, self.sink_v, self.recent.k, self.recent.v]
 
     @property
     def elements(self) -> int:
         """Numbers held, K and V together."""
-        if self.ring_k is None or self.ring_v is None:
+        if self.recent.k is None or self.recent.v is None:
             return 0
-        b, h, _, d_k = self.ring_k.shape
-        return int(b * h * self.offset * (d_k + self.ring_v.shape[3]))
+        b, h, _, d_k = self.recent.k.shape
+        return int(b * h * self.held * (d_k + self.recent.v.shape[3]))
 
     @property
     def nbytes(self) -> int:
-        """Every byte owned: sinks, ring and body with the room they have not used yet."""
-        return sum(int(a.nbytes) for a in self._arrays() if a is not None)
+        """Every byte referred to: sinks, ring and body with the room they have not used yet."""
+        return sum(int(a.nbytes) for a in [*self._exact, *self.body.arrays] if a is not None)
 
     @property
-    def state(self) -> list[Any]:
-        """Arrays, then numbers and names: all of the cache, in the leaves mlx_lm can save."""
-        k, v = self.body_k, self.body_v
-        numbers = [saved.FORMAT, self.sinks, self.ring, self.block, k.length, self.ring_length, k.dim, v.dim]
-        return [*self._arrays(), *numbers, k.codec_name, v.codec_name]
+    def state(self) -> dict[str, Any]:
+        """Arrays, numbers and names: all of the cache, in the leaves mlx_lm can save."""
+        return saved.state(self, self._exact)
 
     @state.setter
-    def state(self, state: list[Any]) -> None:
+    def state(self, state: Any) -> None:
         """Raises RotorError for anything but a state of this format whose parts fit each other."""
         s = saved.check(state)
-        self.__init__(s.codec_k, s.codec_v, s.sinks, s.ring, s.block)  # type: ignore[misc]
-        self.sink_k, self.sink_v, self.ring_k, self.ring_v = s.exact
-        self.body_k = Body(s.codec_k, s.dim_k, s.body_length, *s.packed_k)
-        self.body_v = Body(s.codec_v, s.dim_v, s.body_length, *s.packed_v)
-        self.ring_length = s.ring_length
+        self.__init__(*s.codecs, s.sinks, s.ring, s.block, centre=s.centre, window=s.window)  # type: ignore[misc]
+        self.fingerprint, self.dropped, self.recent.length = s.fingerprint, s.dropped, s.ring_length
+        self.sink_k, self.sink_v, self.recent.k, self.recent.v = s.exact
+        self.body = s.body
 
     @property
     def meta_state(self) -> str:
         return ""
 
     @classmethod
-    def from_state(cls, state: list[Any], meta_state: Any = None) -> RotorCache:
+    def from_state(cls, state: Any, meta_state: Any = None) -> RotorCache:
         cache = cls.__new__(cls)
         cache.state = state
         return cache

@@ -1,62 +1,94 @@
-"""A saved cache: what its parts are, by position, and whether they fit each other."""
+"""A saved cache: what its parts are, and whether they fit each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from .. import codec
 from ..errors import RotorError
 from ..kernels import TILE
+from .body import SPAN, Body, Segment
+from .side import Side
 
-FORMAT = 2
-ARRAYS, NUMBERS, NAMES = 8, 8, 2
+if TYPE_CHECKING:
+    from .rotor import RotorCache
+
+FORMAT = 3
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+NUMBERS = ("sinks", "ring", "block", "ring_length", "dropped")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The parts of `RotorCache.state` by name. exact: sinks K and V, ring K and V; packed: tiles and scale."""
+    """The parts of a `RotorCache` by name. exact: sinks K and V, ring K and V."""
 
+    codecs: tuple[str, str]
+    fingerprint: str
     exact: Sequence[mx.array | None]
-    packed_k: Sequence[mx.array | None]
-    packed_v: Sequence[mx.array | None]
+    body: Body
     sinks: int
     ring: int
     block: int
-    body_length: int
     ring_length: int
-    dim_k: int
-    dim_v: int
-    codec_k: str
-    codec_v: str
+    dropped: int
+    centre: bool
+    window: int | None
 
 
-def check(state: Sequence[Any]) -> Saved:
+def state(cache: RotorCache, exact: list[mx.array | None]) -> dict[str, Any]:
+    """All of a cache in dicts, lists, arrays, numbers and names."""
+    return {
+        "format": FORMAT,
+        "codecs": list(cache.codecs),
+        "fingerprint": cache.fingerprint,
+        "centre": cache.body.centre,
+        "window": cache.window,
+        **{name: getattr(cache, name) for name in NUMBERS},
+        "exact": exact,
+        "segments": cache.body.state,
+    }
+
+
+def check(given: Any) -> Saved:
     """The parts of a state.
 
     Raises:
         RotorError: another format, or parts that don't fit each other, saying which.
     """
-    if len(state) != ARRAYS + NUMBERS + NAMES or not _is_number(state[ARRAYS], FORMAT):
+    if not isinstance(given, dict) or not _is_number(given.get("format"), FORMAT):
         raise RotorError(
             f"this prompt cache was not written in cache format {FORMAT} of mlx_rotor; make it again with this version"
         )
-    arrays, numbers, names = state[:ARRAYS], state[ARRAYS + 1 : ARRAYS + NUMBERS], state[ARRAYS + NUMBERS :]
-    _need(all(x is None or isinstance(x, mx.array) for x in arrays), "what should be an array is none")
-    _need(all(_is_number(x) and x >= 0 for x in numbers), f"its lengths are {list(numbers)}")
-    unknown = [name for name in names if name not in codec.names()]
-    if unknown:
-        raise RotorError(f"this prompt cache needs codec {unknown[0]!r}; codecs here: {', '.join(codec.names())}")
-    saved = Saved(arrays[:4], arrays[4:6], arrays[6:], *numbers, *names)
-    _need(saved.block > 0, "its block is 0")
-    lead = _check_exact(saved)
-    for side in ("k", "v"):
-        _check_packed(saved, side, lead)
-    return saved
+    # A list without members is not in a file.
+    missing = {"codecs", "fingerprint", "centre", "window", "exact", *NUMBERS} - given.keys()
+    _need(not missing, f"it lacks {', '.join(sorted(missing))}")
+    names, numbers = given["codecs"], {name: given[name] for name in NUMBERS}
+    for name in names:
+        if str(name).partition(":")[0] not in codec.names():
+            raise RotorError(f"this prompt cache needs codec {name!r}; codecs here: {', '.join(codec.names())}")
+    _need(len(names) == 2 and isinstance(given["fingerprint"], str), "its names are none")
+    _need(all(_is_number(x) and x >= 0 for x in numbers.values()), f"its lengths are {numbers}")
+    _need(numbers["block"] > 0, "its block is 0")
+    window, centre = given["window"], given["centre"]
+    _need(window is None or (_is_number(window) and window > 0), f"its window is {window}")
+    _need(isinstance(centre, bool), "it does not say whether means were taken off")
+    exact = _check_exact(given["exact"], numbers)
+    body = Body(names[0], names[1], centre, [])
+    segments = given.get("segments", [])
+    for i, parts in enumerate(segments):
+        segment = _segment(body, parts, exact)
+        _need(i == len(segments) - 1 or (segment.length % SPAN == 0 and not segment.open), "its segments don't fit")
+        body.segments.append(segment)
+        body.length += segment.length
+    if exact[2] is None:
+        _need(not body.length, "its recent tokens are missing")
+    elif body.length or numbers["ring_length"]:
+        _need(numbers["sinks"] == 0 or _length(exact[0]) == numbers["sinks"], "first tokens are missing")
+    return Saved((names[0], names[1]), given["fingerprint"], exact, body, **numbers, centre=centre, window=window)
 
 
 def _is_number(x: Any, value: int | None = None) -> bool:
@@ -68,13 +100,18 @@ def _need(fits: bool, otherwise: str) -> None:
         raise RotorError(f"this prompt cache is damaged: {otherwise}; make it again")
 
 
-def _check_exact(s: Saved) -> tuple[int, ...]:
-    """Sinks and ring against the numbers. Returns [B, H], () for a cache that never held a token."""
-    sink_k, sink_v, ring_k, ring_v = s.exact
+def _length(x: mx.array | None) -> int:
+    return 0 if x is None else int(x.shape[2])
+
+
+def _check_exact(arrays: Any, numbers: dict[str, int]) -> Sequence[mx.array | None]:
+    """Sinks and ring against the numbers."""
+    _need(len(arrays) == 4 and all(x is None or isinstance(x, mx.array) for x in arrays), "its exact tokens are none")
+    sink_k, sink_v, ring_k, ring_v = arrays
     _need((ring_k is None) == (ring_v is None) and (sink_k is None) == (sink_v is None), "it has K or V only")
     if ring_k is None or ring_v is None:
-        _need(sink_k is None and s.ring_length == s.body_length == 0, "its recent tokens are missing")
-        return ()
+        _need(sink_k is None and numbers["ring_length"] == 0, "its recent tokens are missing")
+        return list(arrays)
     for name, k, v in (("recent", ring_k, ring_v), ("first", sink_k, sink_v)):
         if k is None or v is None:
             continue
@@ -82,31 +119,47 @@ def _check_exact(s: Saved) -> tuple[int, ...]:
         for x, like in ((k, ring_k), (v, ring_v)):
             same = x.shape[:2] == like.shape[:2] and x.shape[3] == like.shape[3] and x.dtype == like.dtype
             _need(same and x.dtype in FLOATS, f"its {name} tokens are {x.dtype} {x.shape}")
-    room, first = ring_k.shape[2], 0 if sink_k is None else sink_k.shape[2]
-    _need(s.ring_length <= room <= s.ring + s.block, f"its ring has room for {room} tokens and holds {s.ring_length}")
-    _need(first <= s.sinks, f"it has {first} first tokens where {s.sinks} are to be")
-    _need(first == s.sinks or s.ring_length == s.body_length == 0, "first tokens are missing")
-    return tuple(ring_k.shape[:2])
+    room, held = ring_k.shape[2], numbers["ring_length"]
+    _need(held <= room <= numbers["ring"] + numbers["block"], f"its ring has room for {room} tokens and holds {held}")
+    _need(_length(sink_k) <= numbers["sinks"], f"it has {_length(sink_k)} first tokens, not {numbers['sinks']}")
+    return list(arrays)
 
 
-def _check_packed(s: Saved, side: str, lead: tuple[int, ...]) -> None:
-    """One side's body against its codec, its length and the exact tokens' [B, H]."""
-    (tiles, scale), name, dim, exact = (
-        (s.packed_k, s.codec_k, s.dim_k, s.exact[2]) if side == "k" else (s.packed_v, s.codec_v, s.dim_v, s.exact[3])
-    )
-    where = f"its packed {side.upper()}"
-    _need((tiles is None) == (scale is None), f"{where} lacks words or scales")
-    if tiles is None or scale is None:
-        _need(s.body_length == 0, f"{where} is missing")
-        return
-    _need(exact is not None and exact.shape[3] == dim, f"{where} has dimension {dim}, its exact tokens another")
+def _segment(body: Body, parts: Any, exact: Sequence[mx.array | None]) -> Segment:
+    _need(isinstance(parts, (list, tuple)) and len(parts) == 8, "a segment of packed tokens is none")
+    length, is_open, *arrays = parts
+    _need(_is_number(length) and length > 0 and isinstance(is_open, bool), f"a segment has {length} tokens")
+    _need(all(x is None or isinstance(x, mx.array) for x in arrays), "packed tokens are none")
+    k = _side("K", body.k, body.centre, SPAN, arrays[:3], length, exact[2])
+    v = _side("V", body.v, body.centre, 0, arrays[3:], length, exact[3])
+    return Segment(k, v, length, is_open)
+
+
+def _side(side: str, name: str, centre: bool, span: int, arrays: Any, length: int, exact: mx.array | None) -> Side:
+    """One side's arrays against its codec, its length and the exact tokens."""
+    tiles, scale, mean = arrays
+    where = f"its packed {side}"
+    _need(tiles is not None and exact is not None, f"{where} is missing")
+    (*lead, _, dim), made = exact.shape, None  # type: ignore[union-attr]
+    try:
+        made = codec.get(name, dim)
+    except RotorError as e:
+        raise RotorError(f"this prompt cache is damaged: {where}: {e}") from e
     room = tiles.shape[2] if tiles.ndim == 4 else 0
     _need(
-        tiles.dtype == mx.uint32 and tiles.shape == (*lead, room, dim * codec.get(name, dim).index_bits),
+        tiles.dtype == mx.uint32 and tiles.shape == (*lead, room, made.tile_words),
         f"{where} is {tiles.dtype} {tiles.shape}, no tiles of {name}",
     )
-    _need(
-        scale.dtype == mx.float16 and scale.shape == (*lead, TILE * room),
-        f"{where} has scales {scale.dtype} {scale.shape} for {room} tiles",
-    )
-    _need(s.body_length <= TILE * room, f"{where} has room for {TILE * room} tokens and holds {s.body_length}")
+    _need((scale is not None) == made.scaled, f"{where} lacks its scales, or has some")
+    if scale is not None:
+        _need(
+            scale.dtype == mx.float16 and scale.shape == (*lead, TILE * room),
+            f"{where} has scales {scale.dtype} {scale.shape} for {room} tiles",
+        )
+    _need(length <= TILE * room, f"{where} has room for {TILE * room} tokens and holds {length}")
+    _need((mean is not None) == (centre and made.scaled), f"{where} lacks its means, or has some")
+    if mean is not None:
+        groups = -(-length // span) if span else 1
+        fits = mean.ndim == 4 and mean.shape[2] >= groups and mean.shape == (*lead, mean.shape[2], dim)
+        _need(mean.dtype == mx.float16 and fits, f"{where} has means {mean.dtype} {mean.shape}")
+    return Side(name, span if centre else None, dim, tiles, scale, mean)

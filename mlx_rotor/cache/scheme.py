@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 from .. import codec
 from ..errors import RotorError
+from . import sidecar
 
-DEFAULT = "turbo4v2"
+DEFAULT = "trellis3"
 EXACT = "exact"
 _NAME = re.compile(r"(?P<family>[a-z]+)(?P<k>\d)(?:v(?P<v>\d))?")
-_CODEC = re.compile(r"(?P<family>[a-z]+)(?P<bits>\d+)")
+_CODEC = re.compile(r"(?P<family>[a-z]+)(?P<bits>\d+)(?::.*)?")
 
 
 def _check(name: str) -> str:
-    if name not in codec.names():
+    if name.partition(":")[0] not in codec.names():
         raise RotorError(f"unknown codec {name!r}; codecs: {', '.join(codec.names())}")
     return name
 
@@ -44,6 +45,10 @@ class Scheme:
         sinks: first tokens kept exact.
         ring: most recent tokens kept exact.
         protect_layers: layers at either end that get codecs one step up.
+        centre: take the mean of K (256 tokens at a time) and of V off before packing.
+        layers: codecs (K, V) of every compressed layer, as calibrated; None: k, v and protect_layers say them.
+        label: a calibrated scheme's name.
+        model: fingerprint of the model it was calibrated for, "" for any.
     """
 
     k: str
@@ -51,6 +56,10 @@ class Scheme:
     sinks: int = 4
     ring: int = 128
     protect_layers: int = 2
+    centre: bool = True
+    layers: tuple[tuple[str, str], ...] | None = None
+    label: str = ""
+    model: str = ""
 
     def __post_init__(self) -> None:
         _check(self.k)
@@ -68,9 +77,11 @@ class Scheme:
     def name(self) -> str:
         """The short name where there is one (`turbo4v2`), else `k=…,v=…`."""
         k, v = _CODEC.fullmatch(self.k), _CODEC.fullmatch(self.v)
+        if self.label:
+            return self.label
         if self.k == self.v:
             return self.k
-        if k and v and k["family"] == v["family"]:
+        if k and v and k["family"] == v["family"] and ":" not in self.k + self.v:
             return f"{self.k}v{v['bits']}"
         return f"k={self.k},v={self.v}"
 
@@ -80,7 +91,12 @@ class Scheme:
         return max(1, min(32, self.ring // 4))
 
     def keeping(
-        self, *, sinks: int | None = None, ring: int | None = None, protect_layers: int | None = None
+        self,
+        *,
+        sinks: int | None = None,
+        ring: int | None = None,
+        protect_layers: int | None = None,
+        centre: bool | None = None,
     ) -> Scheme:
         """This scheme with other exact parts; None leaves one as it is."""
         return replace(
@@ -88,28 +104,50 @@ class Scheme:
             sinks=self.sinks if sinks is None else sinks,
             ring=self.ring if ring is None else ring,
             protect_layers=self.protect_layers if protect_layers is None else protect_layers,
+            centre=self.centre if centre is None else centre,
         )
 
     def codecs(self, layer: int, layers: int) -> tuple[str, str]:
-        """Names of (K, V) codecs of attention layer `layer` of `layers`, both counted among compressed layers."""
+        """Names of (K, V) codecs of attention layer `layer` of `layers`, both counted among compressed layers.
+
+        Raises:
+            RotorError: the scheme was calibrated for another number of layers.
+        """
+        if self.layers is not None:
+            if len(self.layers) != layers:
+                raise RotorError(
+                    f"{self.name} was calibrated for {len(self.layers)} layers, and this model has {layers} to compress"
+                )
+            return self.layers[layer]
         if min(layer, layers - 1 - layer) < self.protect_layers:
             return one_step_up(self.k), one_step_up(self.v)
         return self.k, self.v
 
 
 def parse(
-    text: str, *, sinks: int | None = None, ring: int | None = None, protect_layers: int | None = None
+    text: str,
+    *,
+    sinks: int | None = None,
+    ring: int | None = None,
+    protect_layers: int | None = None,
+    centre: bool | None = None,
 ) -> Scheme | None:
-    """`turbo4`, `turbo4v2` or `k=turbo4,v=turbo2` to a scheme; `exact` to None. None keeps a part's default.
+    """`turbo4`, `turbo4v2`, `k=turbo4,v=turbo2` or a calibration's `….json` to a scheme; `exact` to None.
+
+    None keeps a part's default.
 
     Raises:
-        RotorError: a name no codec has, or a scheme that gives K fewer bits than V.
+        RotorError: a name no codec has, a scheme that gives K fewer bits than V, or a file that is no scheme.
     """
     text = text.strip()
     if text == EXACT:
         return None
     pairs = dict(re.findall(r"(?:^|,)\s*([kv])\s*=\s*([^,\s]+)", text))
-    if pairs:
+    if text.endswith(".json"):
+        if protect_layers:
+            raise RotorError(f"{text} says every layer's codecs; leave out protected layers")
+        scheme = _calibrated(text)
+    elif pairs:
         if set(pairs) != {"k", "v"} or len(text.split(",")) != 2:
             raise RotorError(f"scheme {text!r} must name both sides once, as in k=turbo4,v=turbo2")
         scheme = Scheme(_check(pairs["k"]), _check(pairs["v"]))
@@ -118,10 +156,16 @@ def parse(
         known = codec.names()
         k = f"{found['family']}{found['k']}" if found else text
         v = f"{found['family']}{found['v']}" if found and found["v"] else k
-        if k not in known or v not in known:
+        if k.partition(":")[0] not in known or v.partition(":")[0] not in known:
             raise RotorError(
                 f"unknown KV scheme {text!r}; try {EXACT}, one of {', '.join(known)}, "
-                f"a mix such as {DEFAULT}, or k=turbo4,v=iso3"
+                "a mix such as turbo4v2, k=turbo4,v=iso3, or a calibration's .json file"
             )
         scheme = Scheme(k, v)
-    return scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)
+    return scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers, centre=centre)
+
+
+def _calibrated(path: str) -> Scheme:
+    found = sidecar.read(path)
+    scheme = Scheme(*found.layers[0], protect_layers=0, layers=found.layers, label=found.name, model=found.model)
+    return scheme.keeping(sinks=found.sinks, ring=found.ring)

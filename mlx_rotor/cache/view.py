@@ -9,39 +9,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from .. import kernels
-from ..kernels import ExactRun, StoredRun
+from ..kernels import ExactRun, PackedRun, StoredRun
+
+Mask = mx.array | str | None
 
 
 @dataclass
 class Counts:
-    """What became of one layer's views: `made` by updates, `fused` by our attention. The rest fell back."""
+    """What became of one layer's views: pairs `made`, and `attended` to by our attention. The rest fell back.
+
+    `fused` calls of our attention may be more: layers that share keys and values attend to one pair.
+    """
 
     made: int = 0
+    attended: int = 0
     fused: int = 0
 
     @property
     def fallback(self) -> int:
-        return self.made - self.fused
+        return self.made - self.attended
 
 
-@dataclass(frozen=True)
-class Handle:
-    """The tokens behind a pair of views, in order, and the layer's counts."""
+class CausalMask(mx.array):
+    """A mask a cache made: causal, with the cache's own window. Attention that recognises it needs no array."""
+
+    window: int | None
+
+
+def causal_mask(mask: mx.array, window: int | None) -> CausalMask:
+    made = CausalMask(mask)
+    made.window = window
+    return made
+
+
+class Handle(Protocol):
+    """The tokens behind a pair of views."""
+
+    def attend(self, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None) -> mx.array:
+        """Attention of q [B, Hq, L, D] over all tokens; see `kernels.attend`."""
+
+
+@dataclass
+class Tokens:
+    """One cache's tokens in order: exact sinks, packed segments, exact recent ones, each where there are any.
+
+    Attributes:
+        window: recent tokens a query sees, itself among them; None: all.
+        kept: the sinks are seen whatever the window.
+    """
 
     runs: Sequence[StoredRun]
     counts: Counts
+    window: int | None = None
+    kept: bool = False
+    attended: bool = False
 
-    def attend(
-        self, q: mx.array, scale: float, mask: mx.array | str | None = None, sinks: mx.array | None = None
-    ) -> mx.array:
-        """Attention of q [B, Hq, L, D] over all tokens; see `kernels.attend`."""
+    def attend(self, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None) -> mx.array:
         self.counts.fused += 1
-        return kernels.attend(q, self.runs, scale=scale, mask=mask, sinks=sinks)
+        self.counts.attended += not self.attended
+        self.attended = True
+        window = None
+        if self.recognises(mask):
+            # A single query sees all but what the window hides: no order to keep.
+            mask, window = "causal" if q.shape[2] > 1 else None, self.window
+        return kernels.attend(q, self.runs, scale=scale, mask=mask, sinks=sinks, window=window, kept=self.kept)
+
+    def recognises(self, mask: Mask) -> bool:
+        """Whether the mask is one that a cache with this window made."""
+        return type(mask) is CausalMask and mask.window == self.window
 
 
 class KVView(mx.array):
@@ -51,23 +91,20 @@ class KVView(mx.array):
     kind: str
 
 
-def views(runs: Sequence[StoredRun], dtype: mx.Dtype, counts: Counts) -> tuple[KVView, KVView]:
-    """The pair (K, V) of views over runs in token order."""
-    handle = Handle(runs, counts)
-    counts.made += 1
-    pair = []
-    for kind in ("k", "v"):
-        view = KVView(mx.concatenate([_side(run, kind, dtype) for run in runs], axis=2))
+def views(k: mx.array, v: mx.array, handle: Handle) -> tuple[KVView, KVView]:
+    """The pair of views over lazy arrays of the handle's tokens."""
+    pair = KVView(k), KVView(v)
+    for view, kind in zip(pair, ("k", "v"), strict=True):
         view.rotor, view.kind = handle, kind
-        pair.append(view)
-    return pair[0], pair[1]
+    return pair
 
 
-def _side(run: StoredRun, kind: str, dtype: mx.Dtype) -> mx.array:
-    """[B, H, length, D] of a run, dequantized where it is packed."""
-    if isinstance(run, ExactRun):
-        return (run.k if kind == "k" else run.v).astype(dtype)
-    return kernels.dequantize(run.k if kind == "k" else run.v, 0, run.length, dtype)
+def expanded(run: StoredRun, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Lazy K and V of a run, [B, H, length, D], dequantized where it is packed."""
+    if isinstance(run, PackedRun):
+        return tuple(kernels.dequantize(side, 0, run.length, dtype) for side in (run.k, run.v))  # type: ignore[return-value]
+    assert isinstance(run, ExactRun)
+    return run.k.astype(dtype), run.v.astype(dtype)
 
 
 def paired(k: Any, v: Any) -> Handle | None:

@@ -16,11 +16,21 @@ SCALE_MAX = 65504.0  # the largest finite float16
 
 
 class Codec(Protocol):
-    """Encodes vectors of one dimension. Stateless: constants only, evaluated when made."""
+    """Encodes vectors of one dimension. Stateless: constants only, evaluated when made.
+
+    Attributes:
+        index_bits: bits of a code.
+        scaled: whether a vector has a float16 scale beside its words.
+    """
 
     name: str
     dim: int
     index_bits: int
+    scaled: bool
+
+    @property
+    def tile_words(self) -> int:
+        """32-bit words of a tile, 32 vectors' without their scales."""
 
     @property
     def bits(self) -> float:
@@ -28,10 +38,11 @@ class Codec(Protocol):
 
     @property
     def kernel(self) -> KernelSpec | None:
-        """The codec in Metal, or None: it then runs on the reference backend only."""
+        """The codec in Metal, or None: it then runs as MLX operations on every backend."""
 
-    def encode(self, x: mx.array) -> Packed:
-        """x: [..., d], any float dtype."""
+    def encode(self, x: mx.array, mean: mx.array | None = None) -> Packed:
+        """x: [..., d], any float dtype; mean: float32, broadcastable to x, taken off in the codec's basis. Only a
+        scaled codec takes one."""
 
     def decode(self, packed: Packed) -> mx.array:
         """float32 [..., d] in the basis of x."""
@@ -80,19 +91,27 @@ class RotatedCodec:
     bits are the same. Source of the form: TurboQuant (arXiv 2504.19874), without its QJL residual.
     """
 
+    scaled = True
+
     def __init__(self, name: str, dim: int, rotation: Rotation, quantizer: Quantizer) -> None:
         self.name, self.dim, self.index_bits = name, dim, quantizer.bits
         fields.units(dim, quantizer.bits)
         self.rotation, self.quantizer = rotation, quantizer
         struct, tables = rotation.struct, (rotation.table, rotation.inverse_table)
-        self.kernel: KernelSpec | None = KernelSpec(quantizer.struct, struct, *tables, rotation.root)
+        self.kernel: KernelSpec | None = KernelSpec(quantizer.struct, struct, *tables, rotation.root, rotation.root)
 
     @property
     def bits(self) -> float:
         return self.index_bits + 16 / self.dim
 
-    def encode(self, x: mx.array) -> Packed:
+    @property
+    def tile_words(self) -> int:
+        return self.dim * self.index_bits
+
+    def encode(self, x: mx.array, mean: mx.array | None = None) -> Packed:
         y = self.rotate(x.astype(mx.float32))
+        if mean is not None:
+            y = y - mean
         power = dot(y, y) * float(np.float32(1) / np.float32(self.dim))
         unit = y * mx.where(power > 0, 1 / mx.sqrt(power), 0.0)
         code, c = self.quantizer.search(unit)
@@ -101,6 +120,7 @@ class RotatedCodec:
 
     def decode_rotated(self, packed: Packed) -> mx.array:
         code = fields.unpack(packed.words, self.index_bits, self.dim)
+        assert packed.scale is not None
         return self.quantizer.levels(code) * packed.scale[..., None].astype(mx.float32)
 
     def decode(self, packed: Packed) -> mx.array:

@@ -1,9 +1,10 @@
-"""planar, iso, rotor at 2 to 4 bits: every block of two, four or three neighbours is turned by a number of its own,
-then Lloyd–Max levels. b + 16/d bits an element.
+"""planar, iso, isofull, rotor at 2 to 4 bits: every block of two, four, four or three neighbours is turned by numbers
+of its own, then Lloyd–Max levels. b + 16/d bits an element.
 
 A block rotation spreads an outlier over its block only, several times worse than a Hadamard transform; it is cheap, and
-published: RotorQuant, IsoQuant and PlanarQuant (scrya-com/rotorquant) are the sources of the three forms. The rotor's
-trivector part is identically zero for a rotated vector and is not stored. The numbers are our own draws.
+published: RotorQuant, IsoQuant and PlanarQuant (scrya-com/rotorquant) are the sources of the forms. iso is IsoQuant's
+fast form, q x; isofull the full one, q x r̄, which reaches every rotation of four dimensions. The rotor's trivector part
+is identically zero for a rotated vector and is not stored. The numbers are our own draws.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def _unit_quaternions(n: int, seed: int) -> np.ndarray:
     return np.stack([p * np.sin(a), p * np.cos(a), q * np.sin(b), q * np.cos(b)], -1)
 
 
+def _quaternion_pairs(n: int, seed: int) -> np.ndarray:
+    """n unit quaternions to multiply with from the left and n from the right, [n, 8]."""
+    right = _unit_quaternions(n, seed + 2) * np.array([1, -1, -1, -1])
+    return np.concatenate([_unit_quaternions(n, seed), right], -1)
+
+
 def _rotors(n: int, seed: int) -> np.ndarray:
     """n rotors cos(θ/2) + sin(θ/2) B of Cl(3,0), B a random unit bivector, given as the axis it is dual to, θ uniform,
     [n, 4]."""
@@ -61,6 +68,20 @@ def _product(numbers: mx.array, x: mx.array) -> mx.array:
     return mx.stack(out, axis=-1)
 
 
+def _right_product(x: mx.array, numbers: mx.array) -> mx.array:
+    """x [..., n, 4] times quaternions numbers [n, 4] from the right, summed in the order of the numbers' parts."""
+    out = []
+    for c in range(4):
+        terms = [SIGNS[4][c][k] * numbers[:, k] * x[..., c ^ k] for k in range(4)]
+        out.append(sum(terms[1:], terms[0]))
+    return mx.stack(out, axis=-1)
+
+
+def _two_sided(numbers: mx.array, x: mx.array) -> mx.array:
+    """q x r for numbers [n, 8], each q and r, and x [..., n, 4]."""
+    return _right_product(_product(numbers[:, :4], x), numbers[:, 4:])
+
+
 def _cross(a: list[mx.array], b: list[mx.array]) -> list[mx.array]:
     return [a[(c + 1) % 3] * b[(c + 2) % 3] - a[(c + 2) % 3] * b[(c + 1) % 3] for c in range(3)]
 
@@ -75,14 +96,17 @@ def _sandwich(rotors: mx.array, x: mx.array) -> mx.array:
 
 class BlockRotation:
     """Blocks of `size` neighbours, turned by `numbers` [dim // size, parts]: complex for 2, rotors for 3, quaternions
-    for 4. Of two elements that are left at the end a complex number `rest` takes care; a single one stays."""
+    for 4, or pairs of them, for the left and the right. Of two elements that are left at the end a complex number
+    `rest` takes care; a single one stays."""
 
     root = 1.0
 
     def __init__(self, dim: int, size: int, numbers: np.ndarray, rest: np.ndarray | None = None) -> None:
         self.dim, self.size = dim, size
-        self.struct = Struct("codec/block.h", f"Block<{size}, {dim}>")
-        conjugate = np.array([1, -1, -1, -1], np.float32)[: numbers.shape[1]]
+        both = numbers.shape[1] == 2 * size
+        self.struct = Struct("codec/block.h", f"Block<{size}, {dim}, true>" if both else f"Block<{size}, {dim}>")
+        self._turn_blocks = _sandwich if size == 3 else _two_sided if both else _product
+        conjugate = np.array([1, -1, -1, -1] * 2, np.float32)[: numbers.shape[1]]
         self._numbers, self._conjugates = (mx.array((numbers * s).astype(np.float32)) for s in (1, conjugate))
         self._rest = [] if rest is None else [mx.array((rest * s).astype(np.float32)) for s in (1, conjugate[:2])]
         tables = []
@@ -101,7 +125,7 @@ class BlockRotation:
     def _turn(self, x: mx.array, numbers: mx.array, which: int) -> mx.array:
         lead, whole = x.shape[:-1], self.dim // self.size * self.size
         blocks = x[..., :whole].reshape(*lead, -1, self.size)
-        turned = (_sandwich if self.size == 3 else _product)(numbers, blocks).reshape(*lead, whole)
+        turned = self._turn_blocks(numbers, blocks).reshape(*lead, whole)
         if whole == self.dim:
             return turned
         last = x[..., whole:]
@@ -113,6 +137,7 @@ class BlockRotation:
 FAMILIES: dict[str, tuple[int, Callable[[int, int], np.ndarray]]] = {
     "planar": (2, _unit_complex),
     "iso": (4, _unit_quaternions),
+    "isofull": (4, _quaternion_pairs),
     "rotor": (3, _rotors),
 }
 

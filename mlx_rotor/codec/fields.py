@@ -1,10 +1,10 @@
-"""Codes of 2, 3 or 4 bits in words, every field at a fixed stride: exactly `bits` bits an element.
+"""Codes of 2, 3, 4 or 8 bits in words, every field at a fixed stride: exactly `bits` bits an element.
 
-A vector of d elements is d / F units of F fields, F being 8 for nibbles and 16 for pairs of bits; element e is field
-e // units of unit e % units. So the elements before e stand in the units before its own, at the same place: a word of
-them is had without a shift. With 3 bits the low two are such pairs, and a third word behind two units has
-their high bits, the even unit's at even places, the odd one's at odd places; where the number of units is
-odd, the last one's high bits are 16 bits of their own. `kernels_metal/codec/fields.h` reads the same.
+A vector of d elements is d / F units of F fields, F being 4 for bytes, 8 for nibbles and 16 for pairs of bits; element
+e is field e // units of unit e % units. So the elements before e stand in the units before its own, at the same place:
+a word of them is had without a shift. With 3 bits the low two are such pairs, and a third word behind two units has
+their high bits, the even unit's at even places, the odd one's at odd places; where the number of units is odd, the last
+one's high bits are 16 bits of their own. `kernels_metal/codec/fields.h` reads the same.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import mlx.core as mx
 
 from ..errors import RotorError
 
+FIELDS = {2: 16, 3: 16, 4: 8, 8: 4}  # of a unit, by bits
+
 
 def units(dim: int, bits: int) -> int:
     """Units of a vector. Raises RotorError for a dimension or a number of bits that can't be packed."""
-    if bits not in (2, 3, 4) or dim < 64 or dim % 16:
+    if bits not in FIELDS or dim < 64 or dim % 16:
         raise RotorError(
-            f"head dimension {dim} can't be packed at {bits} bits: it must be a multiple of 16 from 64, bits 2 to 4"
+            f"head dimension {dim} can't be packed at {bits} bits: it must be a multiple of 16 from 64, bits 2, 3, 4, 8"
         )
-    return dim // (8 if bits == 4 else 16)
+    return dim // FIELDS[bits]
 
 
 def _join(fields: mx.array, stride: int) -> mx.array:

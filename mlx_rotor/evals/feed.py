@@ -44,5 +44,21 @@ def step(model: Any, cache: Cache, token: int) -> int:
     return _best(model(mx.array([[token]]), cache=cache)[0, -1])
 
 
+def prefill_rows(model: Any, cache: Cache, prompts: np.ndarray, chunk: int) -> np.ndarray:
+    """Feeds prompts int [rows, n], all of one length, as one batch; returns each row's next token, greedily: [rows]."""
+    ids, logits = mx.array(prompts), None
+    for i in range(0, ids.shape[1], chunk):
+        logits = model(ids[:, i : i + chunk], cache=cache)
+        mx.eval(logits, [c.state for c in cache])
+    if logits is None:
+        raise ValueError("empty prompts")
+    return np.array(mx.argmax(logits[:, -1], axis=-1))
+
+
+def step_rows(model: Any, cache: Cache, tokens: np.ndarray) -> np.ndarray:
+    """Feeds one token a row, [rows]; returns the next ones, greedily."""
+    return np.array(mx.argmax(model(mx.array(tokens)[:, None], cache=cache)[:, -1], axis=-1))
+
+
 def _best(logits: mx.array) -> int:
     return int(np.array(mx.argmax(logits)))

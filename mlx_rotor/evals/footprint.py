@@ -18,14 +18,19 @@ from .subject import Subject
 class Footprint:
     """Bytes a KV cache owns at `tokens` tokens, what stock fp16 holds for as many, and how it was attended to.
 
-    `further`: bytes each token more adds once the exact first and recent tokens are full, None if nothing was packed.
-    `fallback_calls`: attention calls that read expanded keys and values instead of the packed ones.
+    Attributes:
+        further: bytes each token more adds once the exact first and recent tokens are full, None if nothing was packed.
+        bits: stored bits of a packed element, scales and means included, on average over what is packed; None likewise.
+        codecs: "K codec/V codec" of every compressed layer, in order.
+        fallback_calls: attention calls that read expanded keys and values instead of the packed ones.
     """
 
     tokens: int
     bytes: int
     fp16: int
     further: float | None
+    bits: float | None
+    codecs: tuple[str, ...]
     layers_compressed: int
     layers_total: int
     fused_calls: int
@@ -39,6 +44,8 @@ class Footprint:
             kv_bytes(cache),
             kv_bytes_fp16(cache),
             bytes_per_further_token(cache),
+            bits_per_element(cache),
+            codecs(cache),
             len(use.compressed),
             use.total,
             use.fused_calls,
@@ -46,20 +53,48 @@ class Footprint:
         )
 
 
+def codecs(cache: Sequence[Any]) -> tuple[str, ...]:
+    return tuple("/".join(c.codecs) for c in cache if isinstance(c, RotorCache))
+
+
+def _packed(cache: RotorCache) -> tuple[float, int] | None:
+    """(bytes, elements) of a packed token of one layer, from its newest buffers' own sizes; None if none is packed."""
+    if not cache.body.segments:
+        return None
+    sides = [packed_side(side) for side in (cache.body.segments[-1].k, cache.body.segments[-1].v)]
+    return sum(stored for stored, _ in sides), sum(elements for _, elements in sides)
+
+
+def packed_side(side: Any) -> tuple[float, int]:
+    """(bytes, elements) of one packed token of one side, a `cache.side.Side` that holds any."""
+    rows, heads = side.tiles.shape[:2]
+    stored = (side.tiles.nbytes + (0 if side.scale is None else side.scale.nbytes)) / side.room
+    if side.mean is not None and side.span:
+        stored += side.mean.nbytes / side.mean.shape[2] / side.span
+    return stored / rows, heads * side.dim
+
+
 def bytes_per_further_token(cache: Sequence[Any]) -> float | None:
     """From the buffers' own sizes. Caches of bounded size (sliding windows, states) add nothing."""
     total = 0.0
     for c in cache:
         if isinstance(c, RotorCache):
-            for body in (c.body_k, c.body_v):
-                if not body.room:
-                    return None
-                total += body.nbytes / body.room
+            packed = _packed(c)
+            if c.window is not None:
+                continue
+            if packed is None:
+                return None
+            total += packed[0]
         elif isinstance(getattr(c, "keys", None), mx.array) and not (
             hasattr(c, "max_size") or hasattr(c, "chunk_size")
         ):
             total += (c.keys.nbytes + c.values.nbytes) / c.keys.shape[2]
     return total
+
+
+def bits_per_element(cache: Sequence[Any]) -> float | None:
+    packed = [p for c in cache if isinstance(c, RotorCache) and (p := _packed(c)) is not None]
+    return 8 * sum(b for b, _ in packed) / sum(n for _, n in packed) if packed else None
 
 
 class Caches:
@@ -75,6 +110,12 @@ class Caches:
         self._measure()
         self._live = self._subject.new_cache(self._kv, **self._protection)
         return self._live
+
+    def new_rows(self) -> Cache:
+        """An empty cache for a batch of rows, whose size says nothing of a sequence's: it is not measured."""
+        self._measure()
+        self._live = []
+        return self._subject.new_cache(self._kv, **self._protection)
 
     def footprint(self) -> Footprint:
         """Of the longest sequence any cache has held. Lets go of the last cache."""

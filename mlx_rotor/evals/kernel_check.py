@@ -17,8 +17,9 @@ from ..errors import RotorError
 from ..kernels import ExactRun, PackedRun, PackedSide, StoredRun, reference, verdicts
 from ..kernels.encoding import encode_reference
 from ..kernels.rotate import rotate_metal
+from ..kernels.runs import spread
 from ..kernels.tiles import TILE
-from .kernel_plan import Check
+from .kernel_plan import CENTRED, Check
 
 # Largest |kernel - twin| over largest |twin|. Both round inputs alike; a kernel also keeps decoded tiles, weights and
 # its result in the dtype.
@@ -27,6 +28,7 @@ VECTOR_TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 # A compiler that fuses a multiply and an add rounds once less, and a coordinate between two levels may take the other.
 WORDS_TOLERANCE, DISTORTION_TOLERANCE = 1e-3, 1e-3
 SCALE_STEPS = 1  # float16 steps that such a scale may be off
+SPAN = 64  # tokens that share a mean of K
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def run(check: Check, size: Size | None = None) -> Outcome:
     started = time.perf_counter()
     try:
         with verdicts.ignored():
-            passed, error, tolerance, note = CHECKS[check.kind](check, size or Size())
+            passed, error, tolerance, note = CHECKS[check.kind.partition(",")[0]](check, size or Size())
     except Exception as e:
         lines = [line for line in str(e).splitlines() if line.strip()]
         passed, error, tolerance, note = False, None, None, f"{type(e).__name__}: {' '.join(lines)[:500]}"
@@ -93,19 +95,26 @@ Verdict = tuple[bool, float | None, float | None, str]
 
 
 def _encode(check: Check, size: Size) -> Verdict:
-    """Words and scales, bit for bit; where a few differ, the distortion decides."""
+    """Words and scales, bit for bit; where a few differ, the distortion decides. With means, from inside a group on."""
     made = codec.get(check.k, check.dim)
+    first, span = (TILE, SPAN) if check.kind in CENTRED else (0, 0)
     # Heads inside tokens, as projections give them.
     x = _normal(check.name, 1, size.encoded, size.heads, check.dim).astype(check.dtype).swapaxes(1, 2)
-    got = kernels.encode(made, x)
+    mean = _means(check.name, check.dim, size.heads, first + size.encoded, span) if span else None
+    got = kernels.encode(made, x, mean, first=first, span=span)
     mx.eval(got)
     with mx.stream(mx.cpu):
-        want = encode_reference(made, x)
+        want = encode_reference(made, x, mean, first=first, span=span)
         sides = [PackedSide(made, *arrays).packed(0, size.encoded) for arrays in (got, want)]
         words = [np.array(side.words) for side in sides]
-        scales = [np.array(side.scale).view(np.uint16).astype(np.int64) for side in sides]
-        exact = np.array(x.astype(mx.float32), np.float64)
-        losses = [float(((np.array(made.decode(side)) - exact) ** 2).sum()) for side in sides]
+        none = np.zeros(0, np.float16)
+        scales = [
+            (none if side.scale is None else np.array(side.scale)).view(np.uint16).astype(np.int64) for side in sides
+        ]
+        exact = made.rotate(x.astype(mx.float32))
+        if mean is not None:
+            exact = exact - spread(mean, first, first + size.encoded, span)
+        losses = [float(((np.array(made.decode_rotated(side) - exact, np.float64)) ** 2).sum()) for side in sides]
     if words[0].shape != words[1].shape or scales[0].shape != scales[1].shape:
         return False, None, None, f"words {words[0].shape} and scales {scales[0].shape}"
     of = words[0].size + scales[0].size
@@ -124,8 +133,9 @@ def _encode(check: Check, size: Size) -> Verdict:
 
 
 def _attend(check: Check, size: Size) -> Verdict:
-    """Sinks, a packed body and recent tokens; more than one row sees causally."""
-    rows, group = {"decode, 1 row": (1, 1), "decode, 8 rows": (2, 4)}.get(check.kind, (size.prefill, 2))
+    """Sinks, packed tokens and recent ones; more than one row sees causally."""
+    kind, segments = check.kind.removesuffix(", segments"), check.kind.endswith(", segments")
+    rows, group = {"decode, 1 row": (1, 1), "decode, 8 rows": (2, 4), "decode": (2, 2)}.get(kind, (size.prefill, 2))
 
     def make(what: str, n: int, heads: int) -> mx.array:
         """[1, heads, n, dim], heads inside tokens and room behind them, as in a cache's buffers."""
@@ -135,22 +145,34 @@ def _attend(check: Check, size: Size) -> Verdict:
     sinks, recent = (
         ExactRun(make(f"k{n}", n, size.heads), make(f"v{n}", n, size.heads)) for n in (size.sinks, size.recent)
     )
-    body = PackedRun(size.packed, *(_side(name, check.dim, size.heads, size.packed) for name in (check.k, check.v)))
+    lengths = (size.packed // 3, size.packed - size.packed // 3) if segments else (size.packed,)
+    spans = (SPAN, 0) if segments else (None, None)
+    bodies = [
+        PackedRun(
+            n,
+            *(
+                _side(name, check.dim, size.heads, n, span)
+                for name, span in zip((check.k, check.v), spans, strict=True)
+            ),
+        )
+        for n in lengths
+    ]
     # Queries a few times wider than keys are long: a softmax with a few large weights, as models have.
     q = make("q", rows, size.heads * group) * 2
-    runs: list[StoredRun] = [sinks, body, recent]
-    scale = check.dim**-0.5
-    mask = "causal" if rows > 1 else None
-    got = kernels.attend(q, runs, scale=scale, mask=mask)
+    runs: list[StoredRun] = [sinks, *bodies, recent]
+    how: dict[str, Any] = {"scale": check.dim**-0.5, "mask": "causal" if rows > 1 else None}
+    if segments:
+        how |= {"window": size.recent + 3 * size.packed // 4, "kept": True}
+    got = kernels.attend(q, runs, **how)
     mx.eval(got)
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), runs, scale=scale, mask=mask)
+        want = reference.attend(q.astype(mx.float32), runs, **how)
     return _compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
 def _dequantize(check: Check, size: Size) -> Verdict:
     """From inside a tile to inside another."""
-    side = _side(check.k, check.dim, size.heads, size.packed)
+    side = _side(check.k, check.dim, size.heads, size.packed, SPAN if check.kind in CENTRED else None)
     got = kernels.dequantize(side, 5, size.packed - 3, check.dtype)
     mx.eval(got)
     with mx.stream(mx.cpu):
@@ -175,8 +197,7 @@ def _rotate(check: Check, size: Size) -> Verdict:
 
 CHECKS: dict[str, Callable[[Check, Size], Verdict]] = {
     "encode": _encode,
-    "decode, 1 row": _attend,
-    "decode, 8 rows": _attend,
+    "decode": _attend,
     "prefill": _attend,
     "rotate": _rotate,
     "dequantize": _dequantize,
@@ -200,14 +221,26 @@ def _normal(seed: str, *shape: int) -> mx.array:
     return mx.array(rng.standard_normal(shape).astype(np.float32))
 
 
-@lru_cache(maxsize=4)
-def _side(name: str, dim: int, heads: int, tokens: int) -> PackedSide:
-    """Tokens packed by the twin, then room for more that holds what no token ever had: nobody may read it."""
-    made = codec.get(name, dim)
+def _means(seed: str, dim: int, heads: int, tokens: int, span: int) -> mx.array:
+    """float16 [1, heads, groups, dim]; a span of 0 is one group."""
+    return _normal(f"{seed} means", 1, heads, -(-tokens // span) if span else 1, dim).astype(mx.float16)
+
+
+@lru_cache(maxsize=8)
+def _side(name: str, dim: int, heads: int, tokens: int, span: int | None = None) -> PackedSide:
+    """Tokens packed by the twin, with means where there is a span and the codec takes some; then room for more that
+    holds what no token ever had: nobody may read it."""
+    made, mean = codec.get(name, dim), None
     with mx.stream(mx.cpu):
-        tiles, scale = encode_reference(made, _normal(f"{name} {dim}", 1, heads, tokens, dim))
+        x = _normal(f"{name} {dim}", 1, heads, tokens, dim)
+        if span is not None and made.scaled:
+            mean = _means(name, dim, heads, tokens, span)
+            x = x + made.unrotate(spread(mean, 0, tokens, span))
+        tiles, scale = encode_reference(made, x, mean, span=span or 0)
         tiles = mx.concatenate([tiles, mx.full((1, heads, 1, tiles.shape[3]), 0xFFFFFFFF, mx.uint32)], axis=2)
-        behind = mx.full((1, heads, tiles.shape[2] * TILE - tokens), mx.nan, mx.float16)
-        scale = mx.concatenate([scale[:, :, :tokens], behind], axis=2)
-        mx.eval(tiles, scale)
-    return PackedSide(made, tiles, scale)
+        if scale is not None:
+            behind = mx.full((1, heads, tiles.shape[2] * TILE - tokens), mx.nan, mx.float16)
+            scale = mx.concatenate([scale[:, :, :tokens], behind], axis=2)
+            mx.eval(scale)
+        mx.eval(tiles, mean if mean is not None else [])
+    return PackedSide(made, tiles, scale, mean, 0 if mean is None else span or 0)

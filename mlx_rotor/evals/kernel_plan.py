@@ -10,16 +10,22 @@ import mlx.core as mx
 from .. import codec
 from ..errors import RotorError
 
-# What is checked, and the operation of `mlx_rotor.kernels` that runs it.
+# What is checked, and the operation of `mlx_rotor.kernels` that runs it. In segments: two packed runs, with means where
+# the codec takes some, a window, and sinks that are seen beyond it.
 KINDS = {
     "encode": "encode",
+    "encode, centred": "encode",
     "decode, 1 row": "attend",
     "decode, 8 rows": "attend",
+    "decode, segments": "attend",
     "prefill": "attend",
+    "prefill, segments": "attend",
     "rotate": "attend",
     "dequantize": "dequantize",
+    "dequantize, centred": "dequantize",
 }
-OF_PAIRS = ("decode, 1 row", "decode, 8 rows", "prefill")
+OF_PAIRS = ("decode, 1 row", "decode, 8 rows", "decode, segments", "prefill", "prefill, segments")
+CENTRED = ("encode, centred", "dequantize, centred")
 DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 # K and V of different codecs: the schemes people use, and two quantizers and two rotations in one kernel.
@@ -62,7 +68,7 @@ def every() -> list[Check]:
         if _has_kernel(k, dim) and _has_kernel(v, dim)
         for dtype in DTYPES
         for kind in KINDS
-        if k == v or kind in OF_PAIRS
+        if (k == v or kind in OF_PAIRS) and (kind not in CENTRED or codec.get(k, dim).scaled)
     ]
 
 

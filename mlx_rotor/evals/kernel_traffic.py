@@ -134,27 +134,54 @@ def counted(mode: str) -> Iterator[Tally]:
         metal.use_maker(None)
 
 
-def packed_side(name: str, heads: int, tokens: int, seed: int) -> PackedSide:
-    """Tokens of random bits: what is in them does not change what is moved."""
+def packed_side(name: str, heads: int, tokens: int, seed: int, span: int | None = None) -> PackedSide:
+    """Tokens of random bits: what is in them does not change what is moved. With a span they have means."""
     rng = np.random.default_rng(seed)
     made = codec.get(name, DIM)
     words = rng.integers(0, 2**32, (1, heads, -(-tokens // 32), DIM * made.index_bits), dtype=np.uint32)
-    scale = rng.random((1, heads, words.shape[2] * 32)).astype(np.float16)
-    return PackedSide(made, mx.array(words), mx.array(scale))
+    scale = mx.array(rng.random((1, heads, words.shape[2] * 32)).astype(np.float16)) if made.scaled else None
+    if span is None:
+        return PackedSide(made, mx.array(words), scale)
+    mean = rng.standard_normal((1, heads, -(-tokens // span) if span else 1, DIM)).astype(np.float16)
+    return PackedSide(made, mx.array(words), scale, mx.array(mean), span)
 
 
-def decode(pair: tuple[str, str], tokens: int, *, heads: int = 32, kv_heads: int = KV_HEADS, model: bool = True) -> Row:
-    """Decode attention of one fp16 query row over `tokens` packed ones, both launches of it."""
-    body = PackedRun(tokens, *(packed_side(name, kv_heads, tokens, i) for i, name in enumerate(pair)))
+def stored_bytes(side: PackedSide) -> int:
+    return sum(a.nbytes for a in (side.tiles, side.scale, side.mean) if a is not None)
+
+
+def decode(
+    pair: tuple[str, str],
+    tokens: int,
+    *,
+    heads: int = 32,
+    kv_heads: int = KV_HEADS,
+    model: bool = True,
+    span: int | None = None,
+    segments: int = 1,
+) -> Row:
+    """Decode attention of one fp16 query row over `tokens` packed ones in equal segments, all launches of it. With a
+    span, K has a mean for every `span` tokens, V one for each segment."""
+    means, each = (span, None if span is None else 0), tokens // segments
+    bodies = [
+        PackedRun(
+            each,
+            *(
+                packed_side(name, kv_heads, each, i, mean)
+                for i, (name, mean) in enumerate(zip(pair, means, strict=True))
+            ),
+        )
+        for _ in range(segments)
+    ]
     q = mx.array(np.random.default_rng(2).standard_normal((1, heads, 1, DIM)).astype(np.float16))
-    needed = sum(a.nbytes for side in (body.k, body.v) for a in (side.tiles, side.scale)) + 2 * q.nbytes
+    needed = sum(stored_bytes(side) for body in bodies for side in (body.k, body.v)) + 2 * q.nbytes
     with counted("count") as tally:
-        attend_metal(q, None, body, None, scale=DIM**-0.5)
+        attend_metal(q, None, bodies, None, scale=DIM**-0.5)
     row = Row("decode", "/".join(pair), tokens, heads, needed, tally.moved, tally.line_use, tally.launches)
     if not model:
         return row
     with counted("arithmetic") as operations:
-        attend_metal(q, None, body, None, scale=DIM**-0.5)
+        attend_metal(q, None, bodies, None, scale=DIM**-0.5)
     return _modelled(row, operations.issued, tally.moved, kv_heads)
 
 
@@ -164,7 +191,7 @@ def encode(name: str, tokens: int, *, kv_heads: int = KV_HEADS) -> Row:
     x = mx.array(np.random.default_rng(0).standard_normal((1, kv_heads, tokens, DIM)).astype(np.float16))
     with counted("count") as tally:
         tiles, scale = encode_metal(made, x)
-    needed = x.nbytes + tiles.nbytes + scale.nbytes
+    needed = sum(a.nbytes for a in (x, tiles, scale) if a is not None)
     return Row("encode", name, tokens, kv_heads, needed, tally.moved, tally.line_use, tally.launches)
 
 

@@ -7,25 +7,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import greedy
 from .divergence import Divergence
 from .footprint import Footprint
+from .greedy import Greedy
 from .stats import Estimate, Tally, total
 
 NONE = "–"
+FORMAT, VERSION = "mlx_rotor evaluation", 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. `change` (of the perplexity) and `divergence` are None for the reference itself."""
+    """One configuration. `change` (of the perplexity), `divergence` and `greedy` are None for the reference itself.
+
+    `fingerprint` is that of the model's files and parameters.
+    """
 
     label: str
     path: str
+    fingerprint: str
     weights: str
     kv: str
     is_reference: bool
     perplexity: Estimate
     change: Estimate | None
     divergence: Divergence | None
+    greedy: Greedy | None
     needles: dict[tuple[int, float], Tally]
     chats: dict[str, Tally]
     footprint: Footprint
@@ -37,6 +45,9 @@ class Row:
         out["needles"] = [{"length": n, "depth": d, **_tally(t)} for (n, d), t in self.needles.items()]
         out["chat"] = _tally(total(list(self.chats.values())))
         out["chats"] = {kind: _tally(t) for kind, t in self.chats.items()}
+        if self.greedy:
+            more = {"mean": asdict(self.greedy.mean), "median": self.greedy.median, "never": _tally(self.greedy.never)}
+            out["greedy"] |= more
         kv = out.pop("footprint")
         kv["bytes_per_token"] = self.footprint.bytes / self.footprint.tokens
         kv["of_fp16"] = self.footprint.bytes / self.footprint.fp16
@@ -54,7 +65,9 @@ class Basis:
     reference: str
     reference_path: str
     reference_weights: str
+    reference_fingerprint: str
     text: str
+    text_digest: str
     text_tokens: int
     windows: int
     window: int
@@ -63,6 +76,8 @@ class Basis:
     needle_lengths: tuple[int, ...]
     depths: tuple[float, ...]
     chats: int
+    greedy: int
+    greedy_repeating: int
     seed: int
     protection: dict[str, int]
     spool_bytes: int
@@ -71,23 +86,30 @@ class Basis:
 
 @dataclass(frozen=True)
 class Report:
+    """`seconds`: what measuring the rows took, all together; `missing`: rows asked for and not measured yet."""
+
     basis: Basis
     rows: list[Row]
     machine: dict[str, str]
     seconds: float
+    missing: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Perplexities a token, divergences in nats a token, `se` one standard error."""
         return {
+            "format": FORMAT,
+            "version": VERSION,
             "basis": asdict(self.basis),
             "rows": [row.to_dict() for row in self.rows],
             "machine": self.machine,
             "seconds": self.seconds,
+            "missing": list(self.missing),
         }
 
     def markdown(self) -> str:
         """The tables and what they rest on."""
-        parts = [_table(_COLUMNS, self.rows)]
+        columns = [c for c in _COLUMNS if c != _GREEDY or self.basis.greedy]
+        parts = [_table(columns, self.rows)]
         cells = list(self.rows[0].needles) + list(self.rows[0].chats)
         if cells:
             parts.append(_table(_detail_columns(self.rows[0]), self.rows))
@@ -98,6 +120,7 @@ class Report:
         sample = [f"{b.windows} windows × {b.window} tokens of {b.text}, fed {b.chunk} at a time"]
         sample += [f"{b.needles} needles"] if b.needles else []
         sample += [f"{b.chats} chats"] if b.chats else []
+        sample += [f"{b.greedy} prompts of {greedy.PROMPT} tokens continued greedily"] if b.greedy else []
         changed = "".join(f", {k.replace('_', ' ')} {v}" for k, v in b.protection.items())
         quantized = "quantized" in b.reference_weights
         warning = " (quantized: name a float model with --against to see what that cost)" if quantized else ""
@@ -105,10 +128,19 @@ class Report:
             f"Sample: {', '.join(sample)}, seed {b.seed}{changed}.",
             f"Reference: {b.reference}, {b.reference_weights}, exact KV{warning}. KL(reference ‖ row) in nats a token.",
             "± is one standard error: between windows for perplexity, its change (paired with the reference's), KL and "
-            "top-1; under a flat prior for needles and chats.",
+            "top-1; between prompts for greedy tokens; under a flat prior for needles and chats.",
             f"KV bytes a token at {tokens} tokens, with exact first and recent tokens (in the model's own type) and "
-            "spare room; then what each further token adds. In brackets: against stock fp16.",
+            "spare room; then what each further token adds. In brackets: against stock fp16. Bits: a packed element's.",
         ]
+        if b.greedy:
+            lines.insert(
+                3,
+                f"Same greedily: of {greedy.TOKENS} tokens, how many precede the first that is not the reference's: "
+                f"mean over prompts (one that never differs counts {greedy.TOKENS}), median, how many never differ. "
+                f"{b.greedy_repeating} of the reference's {b.greedy} continuations end in a loop.",
+            )
+        if self.missing:
+            lines.append(f"Not measured yet: {', '.join(self.missing)}.")
         fell = [f"{r.label} {r.kv}" for r in self.rows if r.footprint.fallback_calls]
         if fell:
             lines.append(
@@ -166,6 +198,14 @@ def _kl(show: Callable[[Divergence], str]) -> Callable[[Row], str]:
     return lambda row: "reference" if row.divergence is None else show(row.divergence)
 
 
+def _greedy(row: Row) -> str:
+    """`171 ± 30, 205, 3/8`."""
+    if row.greedy is None:
+        return "reference" if row.is_reference else NONE
+    return f"{_estimate(row.greedy.mean, 0)}, {row.greedy.median:.0f}, {row.greedy.never}"
+
+
+_GREEDY: Column = ("same greedily", _greedy)
 _COLUMNS: tuple[Column, ...] = (
     ("model", lambda r: r.label),
     ("KV", lambda r: r.kv),
@@ -175,8 +215,10 @@ _COLUMNS: tuple[Column, ...] = (
     ("KL 99 %", _kl(lambda d: _figures(d.p99))),
     ("KL max", _kl(lambda d: _figures(d.max))),
     ("same top-1", _kl(lambda d: _estimate(d.agreement, 1, percent=True))),
+    _GREEDY,
     ("needles", lambda r: _rate(list(r.needles.values()))),
     ("chats", lambda r: _rate(list(r.chats.values()))),
+    ("bits", lambda r: NONE if r.footprint.bits is None else f"{r.footprint.bits:.2f}"),
     ("KV bytes a token", lambda r: _memory(r.footprint.bytes / r.footprint.tokens, r)),
     ("each further token", lambda r: _memory(r.footprint.further, r)),
 )

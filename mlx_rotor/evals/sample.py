@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RotorError
-from . import chat
+from . import chat, greedy
 from .chat import ChatTrial
 from .needle import Needle, hide
 from .size import Size
@@ -25,12 +25,19 @@ class NeedleTrial:
 
 @dataclass(frozen=True)
 class Sample:
-    """`windows`: int [windows, window + 1]; row[:-1] is fed, row[1:] predicted. `tokens`: the whole text."""
+    """The same for every configuration.
+
+    Attributes:
+        tokens: the whole text.
+        windows: int [windows, window + 1]; row[:-1] is fed, row[1:] predicted.
+        prompts: int [prompts, greedy.PROMPT]: what is continued greedily.
+    """
 
     tokens: list[int]
     windows: np.ndarray
     needles: list[NeedleTrial]
     chats: list[ChatTrial]
+    prompts: np.ndarray
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -61,6 +68,23 @@ def draw_windows(tokens: Sequence[int], first: Sequence[int], size: Size) -> np.
     return np.array([[*first, *tokens[i * stride : i * stride + need]] for i in range(count)])
 
 
+def draw_between(tokens: Sequence[int], first: Sequence[int], count: int, length: int) -> np.ndarray:
+    """int [count, length]: pieces of text to calibrate on, spread evenly, each behind the tokens `first`.
+
+    They begin four tenths of their distance in: with a long text, where the windows of a comparison aren't.
+
+    Raises:
+        RotorError: the text is too short.
+    """
+    need, stride = length - len(first), len(tokens) // count
+    if stride < need:
+        raise RotorError(
+            f"the text has {len(tokens)} tokens, too few for {count} windows of {length}: use a longer --text"
+        )
+    starts = [min(int((i + 0.4) * stride), len(tokens) - need) for i in range(count)]
+    return np.array([[*first, *tokens[at : at + need]] for at in starts])
+
+
 def draw_needles(tokenizer: Any, tokens: Sequence[int], first: Sequence[int], size: Size) -> list[NeedleTrial]:
     """`size.needles` trials, in turn over every length and depth, in filler drawn from the text.
 
@@ -87,13 +111,25 @@ def draw_needles(tokenizer: Any, tokens: Sequence[int], first: Sequence[int], si
     return trials
 
 
+def draw_prompts(tokens: Sequence[int], first: Sequence[int], size: Size) -> np.ndarray:
+    """Prompts to continue, [prompts, greedy.PROMPT]. Raises RotorError if more were asked for than the text has."""
+    prompts = greedy.draw_prompts(tokens, first, size.greedy)
+    if len(prompts) < size.greedy and "greedy" in size.asked:
+        raise RotorError(
+            f"the text has room for {len(prompts)} prompts of {greedy.PROMPT} tokens; {size.greedy} asked for: use a "
+            "longer --text or a smaller --greedy"
+        )
+    return prompts
+
+
 def draw(tokenizer: Any, text: str, size: Size, context: int | None) -> Sample:
     """The sample of `size` from `text`. `context`: the longest sequence the model takes, None if unknown.
 
     Raises:
         RotorError: anything asked for doesn't fit the text, the tokenizer or the context.
     """
-    longest = max((size.window, *(size.lengths if size.needles else ())))
+    continued = (greedy.PROMPT + greedy.TOKENS,) if size.greedy else ()
+    longest = max((size.window, *(size.lengths if size.needles else ()), *continued))
     if context is not None and longest > context:
         raise RotorError(f"{longest} tokens are more than the model's context of {context}")
     tokens, first = encode(tokenizer, text), opening(tokenizer)
@@ -103,4 +139,5 @@ def draw(tokenizer: Any, text: str, size: Size, context: int | None) -> Sample:
         draw_windows(tokens, first, size),
         draw_needles(tokenizer, tokens, first, size),
         chat.draw(tokenizer, chats, size.seed, tokens),
+        draw_prompts(tokens, first, size),
     )

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import RotorError
-from . import chat, retrieval
+from . import chat, greedy, retrieval
 from .divergence import Divergence, summarise, token_kl
 from .feed import chunks, log_probabilities
 from .footprint import Caches
+from .greedy import Greedy
 from .perplexity import token_nll
 from .sample import Sample
 from .spool import Spool
@@ -24,11 +25,13 @@ REPLY_GUESS = 48  # tokens a reply counts for in the progress bar
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference's losses and choices, both [windows, window], and its distributions on disk."""
+    """The reference's losses and choices, both [windows, window], its distributions on disk, and what it `said` after
+    each prompt, [prompts, greedy.TOKENS]."""
 
     nll: np.ndarray
     top: np.ndarray
     spool: Spool
+    said: np.ndarray
 
 
 def predictions(model: Any, caches: Caches, sample: Sample, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -41,7 +44,7 @@ def predictions(model: Any, caches: Caches, sample: Sample, chunk: int) -> Itera
 
 
 def read_reference(model: Any, caches: Caches, sample: Sample, chunk: int, spool: Spool, advance: Advance) -> Reference:
-    """Runs the windows and keeps what every other configuration is compared with."""
+    """Runs windows and prompts and keeps what every other configuration is compared with."""
     nll: list[np.ndarray] = []
     top: list[np.ndarray] = []
     for logp, came in predictions(model, caches, sample, chunk):
@@ -52,7 +55,8 @@ def read_reference(model: Any, caches: Caches, sample: Sample, chunk: int, spool
         top.append(logp.argmax(axis=1))
         advance(len(logp))
     shape = (len(sample.windows), -1)
-    return Reference(np.concatenate(nll).reshape(shape), np.concatenate(top).reshape(shape), spool)
+    said = greedy.continuations(model, caches.new_rows, sample.prompts, chunk, advance)
+    return Reference(np.concatenate(nll).reshape(shape), np.concatenate(top).reshape(shape), spool, said)
 
 
 def compare_windows(
@@ -85,6 +89,15 @@ def compare_windows(
     return np.concatenate(nll).reshape(shape), divergence
 
 
+def score_greedy(
+    model: Any, caches: Caches, sample: Sample, chunk: int, reference: Reference, advance: Advance
+) -> Greedy | None:
+    """How long the continuations are the reference's; None without prompts."""
+    if not len(sample.prompts):
+        return None
+    return greedy.follow(model, caches.new_rows, sample.prompts, reference.said, chunk, advance)
+
+
 def score_needles(
     model: Any, caches: Caches, sample: Sample, chunk: int, advance: Advance
 ) -> dict[tuple[int, float], Tally]:
@@ -115,7 +128,12 @@ def score_chats(
 def row_tokens(sample: Sample) -> int:
     """Tokens of work in one row, for the progress bar."""
     chats = sum(len(t.prompt) + REPLY_GUESS for t in sample.chats)
-    return window_tokens(sample) + sum(t.length for t in sample.needles) + chats
+    return reference_tokens(sample) + sum(t.length for t in sample.needles) + chats
+
+
+def reference_tokens(sample: Sample) -> int:
+    """Tokens of work in what every row is compared with."""
+    return window_tokens(sample) + len(sample.prompts) * (greedy.PROMPT + greedy.TOKENS)
 
 
 def window_tokens(sample: Sample) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,11 @@ class Target:
     label: str
     path: str
 
+    @property
+    def where(self) -> str:
+        """The path as reports and files name it, the same on every machine for the bundled model."""
+        return BUNDLED if self.path == str(MODEL) else self.path
+
     @classmethod
     def parse(cls, text: str | None) -> Target:
         """`PATH`, `NAME=PATH`, or `bundled` (also None) as the path.
@@ -43,6 +49,19 @@ class Target:
                 raise RotorError(f"{path}: no config.json there; a model is a folder, a repository or {BUNDLED!r}")
             return cls(label or local.resolve().name, str(local.resolve()))
         return cls(label or path, path)
+
+
+def fingerprint(target: Target, kv: str) -> str:
+    """Of a configuration's files: names, sizes and times of a model folder's, the text of a scheme's. A model that
+    is no folder here counts by its name."""
+    folder, digest = Path(target.path), hashlib.sha256(target.where.encode())
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix in (".safetensors", ".json", ".jinja"):
+            stat = file.stat()
+            digest.update(f"\n{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    if (scheme := Path(kv)).is_file():
+        digest.update(b"\n" + scheme.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class Subject:

@@ -12,7 +12,11 @@ from mlx_lm.models import cache as stock
 
 from ..cache import DEFAULT, RotorCache, Scheme, parse
 from ..errors import RotorError
-from . import attention, versions
+from . import attention, probe, versions
+from .fingerprint import fingerprint
+from .kv_scales import with_own_scales
+from .layers import check_limit, compress, limited
+from .slots import slots
 
 
 def register() -> None:
@@ -55,28 +59,6 @@ def _scheme(kv: str | Scheme | None, sinks: int | None, ring: int | None, protec
     return scheme and scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)
 
 
-def compress(caches: list[Any], scheme: Scheme) -> list[Any]:
-    """`caches` with every plain KVCache replaced by a compressed one that holds its tokens; others stay.
-
-    Raises:
-        RotorError: if there is no plain KVCache among them.
-    """
-    plain = [i for i, c in enumerate(caches) if type(c) is stock.KVCache]
-    if not plain:
-        kinds = sorted({type(c).__name__ for c in caches}) or ["none"]
-        raise RotorError(
-            f"this model has nothing to compress: its layers use {', '.join(kinds)}, and {scheme.name} takes plain "
-            "KVCache layers; run it with --kv exact"
-        )
-    out = list(caches)
-    for nth, i in enumerate(plain):
-        k, v = scheme.codecs(nth, len(plain))
-        out[i] = RotorCache(k, v, scheme.sinks, scheme.ring, scheme.block)
-        if not caches[i].empty():
-            out[i].append(*caches[i].keys_and_values())
-    return out
-
-
 def make_prompt_cache(
     model: Any,
     kv: str | Scheme | None = DEFAULT,
@@ -84,24 +66,36 @@ def make_prompt_cache(
     sinks: int | None = None,
     ring: int | None = None,
     protect_layers: int | None = None,
+    max_kv_size: int | None = None,
 ) -> list[Any]:
     """A prompt cache for `model`, for `prompt_cache=` of mlx_lm's generate functions or `cache=` of the model.
+
+    Layers whose attention would have to expand packed tokens on every step keep mlx_lm's own cache; the first call for
+    a model finds out which, by running it on two tokens. `report.describe` says what became of each.
 
     Args:
         kv: a scheme or its text, `exact` (or None) for mlx_lm's own cache.
         sinks, ring, protect_layers: what stays exact or a step wider; None keeps the scheme's.
+        max_kv_size: tokens that a layer of full attention sees at most, the first 4 and the most recent ones.
 
     Raises:
         RotorError: unknown scheme, unsupported mlx_lm, or a model with nothing to compress.
     """
     versions.check()
     scheme = _scheme(kv, sinks, ring, protect_layers)
-    caches = stock_cache(model)
+    caches = stock_cache(model, max_kv_size)
     if scheme is None:
-        return caches
-    attention.install()
+        return caches if max_kv_size is None else limited(caches, max_kv_size)
+    scheme, this_model = with_own_scales(scheme, model), fingerprint(model)
+    if scheme.model not in ("", this_model):
+        raise RotorError(f"{scheme.name} was calibrated for another model, or other weights; calibrate it for this one")
     register()
-    return compress(caches, scheme)
+    uses = probe.uses(model, stock_cache(model))
+    attention.install()
+    if max_kv_size is not None:
+        check_limit(max_kv_size, uses)
+        caches = limited(caches, max_kv_size)
+    return compress(caches, scheme, uses, this_model)
 
 
 def attach(
@@ -146,7 +140,7 @@ def detach(model: Any) -> Any:
 
 
 def verify(model: Any, kv: str | Scheme = DEFAULT) -> list[Any]:
-    """Runs two tokens through `model` with nothing kept exact, and returns the caches.
+    """Runs a few tokens through `model` with nothing kept exact, and returns the caches.
 
     Raises:
         RotorError: naming each layer that was to be compressed and packed nothing or attended to expanded arrays, or
@@ -156,11 +150,11 @@ def verify(model: Any, kv: str | Scheme = DEFAULT) -> list[Any]:
     if scheme is None:
         raise RotorError("exact KV compresses nothing: there is nothing to verify")
     caches = make_prompt_cache(model, scheme, sinks=0, ring=0)
-    for token in (0, 1):
-        mx.eval(model(mx.array([[token]]), cache=caches))
-    layers = {i: c for i, c in enumerate(caches) if isinstance(c, RotorCache)}
-    idle = [i for i, c in layers.items() if c.body_k.length == 0]
-    slow = [i for i, c in layers.items() if i not in idle and c.counts.fallback]
+    for tokens in ([0, 1], [0, 1], [0]):
+        mx.eval(model(mx.array([tokens]), cache=caches))
+    ours = {path: c for path, c in slots(caches).items() if isinstance(c, RotorCache)}
+    idle = [path[0] for path, c in ours.items() if c.body.length == 0]
+    slow = [path[0] for path, c in ours.items() if path[0] not in idle and c.counts.fallback > 0]
     if idle or slow:
         parts = [f"layers {idle} stored nothing in their cache"] if idle else []
         parts += [f"layers {slow} attended to expanded keys and values"] if slow else []

@@ -12,17 +12,18 @@ import mlx.core as mx
 
 from ..cache.view import paired
 
-_stock = mx.fast.scaled_dot_product_attention
+# MLX's own.
+stock = mx.fast.scaled_dot_product_attention
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     handle = paired(k, v)
     if handle is None or args or kwargs.get("stream") is not None or "scale" not in kwargs:
-        return _stock(q, k, v, *args, **kwargs)
+        return stock(q, k, v, *args, **kwargs)
     return handle.attend(q, kwargs["scale"], kwargs.get("mask"), kwargs.get("sinks"))
 
 
-_attention.__doc__ = _stock.__doc__
+_attention.__doc__ = stock.__doc__
 
 
 def install() -> None:
@@ -32,7 +33,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Puts MLX's own function back. Views still attend correctly, by evaluating to dequantized arrays."""
-    mx.fast.scaled_dot_product_attention = _stock
+    mx.fast.scaled_dot_product_attention = stock
 
 
 def installed() -> bool:

@@ -30,6 +30,26 @@ def stock_parser() -> argparse.ArgumentParser:
     return _generate.setup_arg_parser()
 
 
+def stock_cache_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag and default of `mlx_lm.cache_prompt`."""
+    parser: argparse.ArgumentParser = importlib.import_module("mlx_lm.cache_prompt").setup_arg_parser()
+    return parser
+
+
+def fill(model: Any, tokens: list[int], caches: list[Any], *, progress: bool = False) -> None:
+    """Runs a prompt through `model` for its caches alone, in mlx_lm's chunks."""
+    with tqdm(total=len(tokens), unit="tok", desc="prompt", leave=False, disable=None if progress else True) as bar:
+        steps = _generate.generate_step(
+            mx.array(tokens),
+            model,
+            max_tokens=0,
+            prompt_cache=caches,
+            prompt_progress_callback=lambda done, _: bar.update(done - bar.n),
+        )
+        for _ in steps:
+            pass
+
+
 def stock_sampler(args: argparse.Namespace, tokenizer: Any) -> Any:
     """The sampler `mlx_lm.generate` makes of its flags."""
     return make_sampler(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from mlx_lm.utils import load as stock_load
 from ..demo import MODEL
 from ..errors import RotorError
 from . import versions
+from .kv_scales import came_from
 
 
 def run_dtype(model: Any) -> None:
@@ -25,6 +28,33 @@ def run_dtype(model: Any) -> None:
         mx.eval(model.parameters())
 
 
+def located(path: str | Path | None) -> str:
+    """What mlx_lm's loader is to be given for `path`: a folder, or a name that is none here. None is the bundled model.
+
+    Raises:
+        RotorError: a folder that does not exist or holds no model.
+    """
+    target = MODEL if path is None else path
+    folder = Path(target).expanduser()
+    if not folder.exists() and (Path(str(target)).is_absolute() or str(target).startswith((".", "~"))):
+        raise RotorError(f"no model at {target}: the folder does not exist")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise RotorError(f"no model at {target}: the folder has no config.json")
+    return str(folder if folder.is_dir() else target)
+
+
+@contextmanager
+def explained(target: str) -> Iterator[None]:
+    """Turns what mlx_lm's loader raises over `target` into a RotorError that names the cause."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, KeyError) as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if not Path(target).is_dir():
+            why = f"no such folder here, and fetching it from Hugging Face failed ({why})"
+        raise RotorError(f"can't load {target}: {why}") from e
+
+
 def load(path: str | Path | None = None, **kwargs: Any) -> tuple[Any, ...]:
     """(model, tokenizer), as `mlx_lm.load`, whose keyword arguments it takes. None loads the bundled model.
 
@@ -32,18 +62,10 @@ def load(path: str | Path | None = None, **kwargs: Any) -> tuple[Any, ...]:
         RotorError: no model there, or one mlx_lm can't read; the cause is named.
     """
     versions.check()
-    target = MODEL if path is None else path
-    folder = Path(target).expanduser()
-    if not folder.exists() and (Path(str(target)).is_absolute() or str(target).startswith((".", "~"))):
-        raise RotorError(f"no model at {target}: the folder does not exist")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise RotorError(f"no model at {target}: the folder has no config.json")
-    try:
-        loaded = stock_load(str(folder if folder.is_dir() else target), **kwargs)
-    except (ValueError, RuntimeError, OSError, KeyError) as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if not folder.is_dir():
-            why = f"no such folder here, and fetching it from Hugging Face failed ({why})"
-        raise RotorError(f"can't load {target}: {why}") from e
+    target = located(path)
+    with explained(target):
+        loaded = stock_load(target, **kwargs)
     run_dtype(loaded[0])
+    if Path(target).is_dir():
+        came_from(loaded[0], target)
     return loaded

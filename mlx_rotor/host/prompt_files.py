@@ -1,40 +1,119 @@
-"""Prompt-cache files of mlx_lm, plain or compressed, under the scheme the user asked for."""
+"""Prompt-cache files of mlx_lm, plain or compressed: written whole, refused where they don't fit or are damaged."""
 
 from __future__ import annotations
 
+import os
+import zlib
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 from ..cache import RotorCache, Scheme
 from ..errors import RotorError
-from .attachment import compress, register
+from .attachment import make_prompt_cache, register, stock_cache
+from .fingerprint import fingerprint
+from .layers import compress
+from .probe import uses
+from .slots import slots
+
+CHECKSUM = "mlx_rotor_checksum"
 
 
-def load_prompt_cache(path: str, scheme: Scheme | None) -> tuple[list[Any], dict[str, Any]]:
-    """(caches, metadata) of a file `mlx_lm cache_prompt` or this package wrote.
+def _checksum(caches: list[Any]) -> str:
+    """CRC-32 of all arrays, in order."""
+    total = 0
+    leaves: list[tuple[str, Any]] = tree_flatten([c.state for c in caches])  # type: ignore[assignment]
+    for name, value in sorted((n, v) for n, v in leaves if isinstance(v, mx.array)):
+        flat = mx.contiguous(value).reshape(-1)
+        total = zlib.crc32(
+            np.array(mx.view(flat, mx.uint8)).data if flat.size else b"", zlib.crc32(name.encode(), total)
+        )
+    return f"{total:08x}"
 
-    Plain caches are compressed to `scheme`; compressed ones must already be of it.
+
+def save_prompt_cache(path: str | Path, caches: list[Any], metadata: dict[str, str] | None = None) -> Path:
+    """Writes caches as `mlx_lm.models.cache.save_prompt_cache` does, with a checksum, and all of the file or nothing.
+
+    Returns the file's path, which ends in .safetensors.
 
     Raises:
-        RotorError: an unreadable file, or one compressed to another scheme.
+        RotorError: the file can't be written.
+    """
+    target = Path(path)
+    target = target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
+    try:
+        stock.save_prompt_cache(str(temporary), caches, {**(metadata or {}), CHECKSUM: _checksum(caches)})
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as e:
+        raise RotorError(f"can't write the prompt cache {target}: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def read_prompt_cache(path: str | Path) -> tuple[list[Any], dict[str, Any]]:
+    """(caches, metadata) of a file that `save_prompt_cache` or `mlx_lm cache_prompt` wrote, evaluated.
+
+    Raises:
+        RotorError: an unreadable, foreign or damaged file.
     """
     register()
     try:
-        caches, metadata = stock.load_prompt_cache(path, return_metadata=True)
-    except (OSError, RuntimeError, ValueError, KeyError, IndexError) as e:
+        caches, metadata = stock.load_prompt_cache(str(path), return_metadata=True)
+        metadata = dict(metadata or {})
+        wanted = metadata.pop(CHECKSUM, None)
+        # Evaluated here: a server hands caches to another thread.
+        mx.eval([c.state for c in caches])
+        damaged = wanted is not None and wanted != _checksum(caches)
+    except RotorError as e:
+        raise RotorError(f"{path}: {e}") from e
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         raise RotorError(f"can't read the prompt cache {path}: {str(e) or type(e).__name__}") from e
-    ours = [(i, c) for i, c in enumerate(caches) if isinstance(c, RotorCache)]
-    if ours and scheme is None:
-        raise RotorError(f"the prompt cache {path} is compressed; leave out --kv exact, or make a plain one")
-    for nth, (i, c) in enumerate(ours):
-        assert scheme is not None
-        held, wanted = (c.body_k.codec_name, c.body_v.codec_name), scheme.codecs(nth, len(ours))
-        if held != wanted or (c.sinks, c.ring) != (scheme.sinks, scheme.ring):
+    if damaged:
+        raise RotorError(
+            f"the prompt cache {path} is damaged: its tokens are not those that were written; make it again"
+        )
+    return caches, metadata
+
+
+def fit_prompt_cache(
+    path: str | Path, caches: list[Any], model: Any, scheme: Scheme | None, max_kv_size: int | None = None
+) -> list[Any]:
+    """Caches from a file as `model` uses them under `scheme`: plain ones are compressed, compressed ones must fit.
+
+    Raises:
+        RotorError: caches of another model, or compressed to another scheme.
+    """
+    layers = len(stock_cache(model))
+    if len(caches) != layers:
+        raise RotorError(f"the prompt cache {path} has {len(caches)} layers, and the model {layers}")
+    ours = {at: c for at, c in slots(caches).items() if isinstance(c, RotorCache)}
+    if scheme is None:
+        if ours:
+            raise RotorError(f"the prompt cache {path} is compressed; leave out --kv exact, or make a plain one")
+        return caches
+    if not ours:
+        return compress(caches, scheme, uses(model, stock_cache(model)), fingerprint(model))
+    if {c.fingerprint for c in ours.values()} - {"", fingerprint(model)}:
+        raise RotorError(f"the prompt cache {path} was made with another model, or other weights; make it again")
+    wanted = slots(make_prompt_cache(model, scheme, max_kv_size=max_kv_size))
+    for at, held in slots(caches).items():
+        if _parts(held) != _parts(wanted.get(at)):
             raise RotorError(
-                f"the prompt cache {path} holds layer {i} as K {held[0]}, V {held[1]}, {c.sinks} sinks, ring {c.ring}; "
-                f"{scheme.name} wants K {wanted[0]}, V {wanted[1]}, {scheme.sinks} sinks, ring {scheme.ring}"
+                f"the prompt cache {path} holds layer {at[0]} as {_parts(held)}; {scheme.name} wants "
+                f"{_parts(wanted.get(at))}: ask for the scheme it was made with, or make it again"
             )
-    if scheme is None or ours:
-        return caches, metadata
-    return compress(caches, scheme), metadata
+    return caches
+
+
+def _parts(c: Any) -> str:
+    if not isinstance(c, RotorCache):
+        return type(c).__name__
+    k, v = c.codecs
+    window = "" if c.window is None else f", window {c.window}"
+    return f"K {k}, V {v}, {c.sinks} sinks, ring {c.ring}{window}{'' if c.body.centre else ', no means taken off'}"

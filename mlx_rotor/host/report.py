@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .. import codec
 from ..cache import RotorCache
 from ..kernels import backend
+from .layers import left_exact
+from .slots import Path, slots
 
 
 def _arrays(cache: Any) -> list[mx.array]:
@@ -20,7 +23,7 @@ def _arrays(cache: Any) -> list[mx.array]:
 
 def kv_bytes(caches: Sequence[Any]) -> int:
     """Every byte the caches own, room not used yet included."""
-    return sum(int(c.nbytes) if not c.empty() else 0 for c in caches)
+    return sum(int(c.nbytes) if not c.empty() else 0 for c in slots(caches).values())
 
 
 def _elements(cache: Any) -> int:
@@ -41,12 +44,20 @@ def _elements(cache: Any) -> int:
 
 def kv_bytes_fp16(caches: Sequence[Any]) -> int:
     """Bytes of the same tokens at 16 bits an element, without spare room."""
-    return 2 * sum(_elements(c) for c in caches)
+    return 2 * sum(_elements(c) for c in slots(caches).values())
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How a model's layers used a prompt cache. Calls are attention calls since the cache was made."""
+    """How a model's layers used a prompt cache. Calls are attention calls since the cache was made.
+
+    Attributes:
+        compressed, exact: layer numbers; a layer with one compressed cache among several is compressed.
+        fallen_back: compressed ones that attended to expanded arrays.
+        codecs: layers by (K, V) codecs; "(scaled)" stands for a scale of each layer's own.
+        windows: layers by the width of their sliding window, for compressed ones that have one.
+        reasons: exact layers by why they are, or by the kind of their cache.
+    """
 
     compressed: list[int]
     exact: list[int]
@@ -54,6 +65,8 @@ class LayerReport:
     fused_calls: int
     fallback_calls: int
     codecs: dict[tuple[str, str], list[int]]
+    windows: dict[int, list[int]]
+    reasons: dict[str, list[int]]
 
     @property
     def total(self) -> int:
@@ -61,18 +74,44 @@ class LayerReport:
 
 
 def layers(caches: Sequence[Any]) -> LayerReport:
-    ours = {i: c for i, c in enumerate(caches) if isinstance(c, RotorCache)}
+    every = slots(caches)
+    ours = {path: c for path, c in every.items() if isinstance(c, RotorCache)}
+    compressed = _layers(ours)
     codecs: dict[tuple[str, str], list[int]] = {}
-    for i, c in ours.items():
-        codecs.setdefault((c.body_k.codec_name, c.body_v.codec_name), []).append(i)
+    windows: dict[int, list[int]] = {}
+    reasons: dict[str, list[int]] = {}
+    for (i, *_), c in ours.items():
+        _add(codecs, (_base(c.codecs[0]), _base(c.codecs[1])), i)
+        if c.window is not None:
+            _add(windows, c.window, i)
+    for (i, *_), c in every.items():
+        if i not in compressed:
+            _add(reasons, left_exact(c), i)
     return LayerReport(
-        compressed=list(ours),
-        exact=[i for i in range(len(caches)) if i not in ours],
-        fallen_back=[i for i, c in ours.items() if c.counts.fallback],
+        compressed=compressed,
+        exact=[i for i in range(len(caches)) if i not in compressed],
+        fallen_back=_layers([path for path, c in ours.items() if c.counts.fallback > 0]),
         fused_calls=sum(c.counts.fused for c in ours.values()),
         fallback_calls=sum(c.counts.fallback for c in ours.values()),
         codecs=codecs,
+        windows=windows,
+        reasons=reasons,
     )
+
+
+def _base(name: str) -> str:
+    base, colon, _ = name.partition(":")
+    return f"{base} (scaled)" if colon else base
+
+
+def _layers(paths: Iterable[Path]) -> list[int]:
+    return sorted({path[0] for path in paths})
+
+
+def _add(groups: dict[Any, list[int]], key: Any, layer: int) -> None:
+    group = groups.setdefault(key, [])
+    if layer not in group:
+        group.append(layer)
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -86,18 +125,27 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in out)
 
 
+def runs_as(k: str, v: str) -> str:
+    """What attends to tokens packed with these codecs: kernels of a backend, or MLX operations where one has none."""
+    # Whether a codec has a kernel is the same for every dimension.
+    missing = any(codec.get(name.partition(" ")[0], 128).kernel is None for name in (k, v))
+    return "MLX operations" if missing else f"{backend()} kernels"
+
+
 def describe(caches: Sequence[Any]) -> str:
-    """One line: which layers use which codecs, on which backend, and which are left alone."""
+    """One line: which layers use which codecs, windows and backends, and which are left exact and why."""
     report = layers(caches)
-    parts = [f"layers {spans(at)}: K {k}, V {v}" for (k, v), at in report.codecs.items()]
-    if parts:
-        parts[-1] += f" ({backend()} kernels)"
-    if report.exact:
-        kinds = sorted({type(caches[i]).__name__ for i in report.exact})
-        parts.append(f"layers {spans(report.exact)}: left exact ({', '.join(kinds)})")
+    hows = [runs_as(k, v) for k, v in report.codecs]
+    parts = []
+    for nth, ((k, v), at) in enumerate(report.codecs.items()):
+        # Once, behind the last of those it is true of.
+        how = "" if hows[nth] in hows[nth + 1 :] else f" ({hows[nth]})"
+        parts.append(f"layers {spans(at)}: K {k}, V {v}{how}")
+    parts += [f"layers {spans(at)}: a window of {width} tokens" for width, at in report.windows.items()]
+    parts += [f"layers {spans(at)}: left exact ({reason})" for reason, at in report.reasons.items()]
     return "; ".join(parts)
 
 
 def packed_tokens(caches: Sequence[Any]) -> int:
     """Tokens the fullest compressed layer holds packed."""
-    return max((c.body_k.length for c in caches if isinstance(c, RotorCache)), default=0)
+    return max((c.body.length for c in slots(caches).values() if isinstance(c, RotorCache)), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,19 +20,25 @@ from .tiles import TILE
 __all__ = ["TILE", "ExactRun", "PackedRun", "PackedSide", "StoredRun", "attend", "backend", "dequantize", "encode"]
 
 
-def encode(codec: KernelCodec, x: mx.array) -> tuple[mx.array, mx.array]:
+def encode(
+    codec: KernelCodec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
+) -> tuple[mx.array, mx.array | None]:
     """Packs x [B, H, n, D] into whole tiles; words and scales behind token n are 0.
 
+    Args:
+        mean: float16 [B, H, groups, D] in the codec's basis, taken off before encoding: token i has mean
+            (first + i) // span; span 0: one for all. first is a multiple of 32.
+
     Returns:
-        (tiles uint32 [B, H, ceil(n / 32), D · bits], scale float16 [B, H, 32 ceil(n / 32)]).
+        (tiles uint32 [B, H, ceil(n / 32), D · bits], scale float16 [B, H, 32 ceil(n / 32)] or None).
 
     Raises:
-        RotorError: if the codec has no kernel for the backend, or one that failed its check on this machine.
+        RotorError: if the codec has a kernel that failed its check on this machine.
     """
-    if backend() == "reference":
-        return encode_reference(codec, x)
+    if backend() == "reference" or codec.kernel is None:
+        return encode_reference(codec, x, mean, first=first, span=span)
     verdicts.refuse("encode", x.dtype, codec)
-    return encode_metal(codec, x)
+    return encode_metal(codec, x, mean, first=first, span=span)
 
 
 def attend(
@@ -42,30 +49,35 @@ def attend(
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
     window: int | None = None,
+    kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
-    """Attention over [exact sinks][packed body][exact recent], each optional; see `reference.attend` for the rest.
+    """Attention over [exact sinks][packed runs …][exact recent], each optional; see `reference.attend` for the rest.
 
     Raises:
-        RotorError: if a codec of the packed run has no kernel for the backend, or one that failed its check here.
+        RotorError: if a codec's kernel failed its check on this machine, or for a shape no kernel takes.
     """
-    if backend() == "reference":
-        return reference.attend(q, runs, scale=scale, mask=mask, sinks=sinks, window=window, lengths=lengths)
     exact = [run for run in runs if isinstance(run, ExactRun)]
-    first, body, recent = in_order(runs)
-    if body is None:
-        return attend_exact(q, exact, scale=scale, mask=mask, sinks=sinks, window=window, lengths=lengths)
-    verdicts.refuse("attend", q.dtype, body.k.codec, body.v.codec)
-    return attend_metal(q, first, body, recent, scale=scale, mask=mask, sinks=sinks, window=window, lengths=lengths)
+    bodies = [run for run in runs if isinstance(run, PackedRun) and run.length]
+    how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
+    how |= {"window": window, "kept": kept, "lengths": lengths}
+    if backend() == "reference" or any(side.codec.kernel is None for run in bodies for side in (run.k, run.v)):
+        return reference.attend(q, runs, **how)
+    if not bodies:
+        return attend_exact(q, exact, **how)
+    for run in bodies:
+        verdicts.refuse("attend", q.dtype, run.k.codec, run.v.codec)
+    first, bodies, recent = in_order(runs)
+    return attend_metal(q, first, bodies, recent, **how)
 
 
 def dequantize(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
     """Tokens start .. stop of a packed side in the model's basis, [B, H, stop - start, D] of dtype.
 
     Raises:
-        RotorError: if the codec has no kernel for the backend, or one that failed its check on this machine.
+        RotorError: if the codec's kernel failed its check on this machine.
     """
-    if backend() == "reference":
+    if backend() == "reference" or side.codec.kernel is None:
         return reference.dequantize(side, start, stop, dtype)
     verdicts.refuse("dequantize", dtype, side.codec)
     return dequantize_metal(side, start, stop, dtype)

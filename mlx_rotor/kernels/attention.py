@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
 import mlx.core as mx
 
 from ..errors import RotorError
 from . import metal, prefill
-from .problem import ARGUMENTS, INPUTS, POSITION, Problem, problem
+from .problem import POSITION, Problem, arguments, problem
 from .runs import ExactRun, PackedRun
+from .spec import KernelSpec
 from .tiles import TILE
 
 ROWS = 8  # query rows of a KV head that the decode kernel takes at a time
 # A split takes this many tokens of the body; beyond FEW splits, one more for each MORE_TOKENS. So there are enough for
 # a GPU's cores from 2K tokens on, and their results stay within some 5 % of the packed bytes at 16K.
 SPLIT_TOKENS, FEW, MORE_TOKENS, MAX_SPLITS = 256, 8, 2048, 31
+MAX_RUNS = 24  # packed runs: each is a launch, and has a split
+_NO_LOGITS = mx.array([0.0])
+mx.eval(_NO_LOGITS)
 
 
 def splits_for(tokens: int) -> int:
@@ -22,106 +29,193 @@ def splits_for(tokens: int) -> int:
     return max(1, min(MAX_SPLITS, -(-tokens // SPLIT_TOKENS), FEW + more))
 
 
-def simds_for(dtype: mx.Dtype) -> int:
+def simds_for(dtype: str) -> int:
     """Simdgroups of a threadgroup: as many as their staged tiles fit 32 KiB, which a float takes twice of."""
-    return 2 if dtype == mx.float32 else 4
+    return 2 if dtype == "float" else 4
 
 
 def decode(p: Problem) -> list[mx.array]:
     """Partial results and statistics of every split, `Problem.partial_shapes`, for up to ROWS query rows."""
-    rows, simds = p.rows, simds_for(p.q.dtype)
-    types = f"{p.dtype}, {p.k.quantizer.name}, {p.v.quantizer.name}, {p.k.rotation.name}, {p.k_dim}, {p.v_dim}"
-    made = metal.kernel(
+    made = _decode(
+        p.dtype, p.body.k, p.body.v, p.body.k_dim, p.body.v_dim, p.rows, p.mask_kind, p.body.span, (*p.inputs,)
+    )
+    threads = 32 * simds_for(p.dtype)
+    return made(
+        inputs=list(p.inputs.values()),
+        output_shapes=p.partial_shapes(),
+        output_dtypes=[mx.float32, mx.float32],
+        grid=(threads * p.splits, p.body.kv_heads, p.q.shape[0]),
+        threadgroup=(threads, 1, 1),
+    )
+
+
+@metal.kept
+def _decode(
+    dtype: str,
+    k: KernelSpec,
+    v: KernelSpec,
+    k_dim: int,
+    v_dim: int,
+    rows: int,
+    mask: int,
+    span: int,
+    names: tuple[str, ...],
+) -> Callable[..., list[mx.array]]:
+    simds = simds_for(dtype)
+    types = f"{dtype}, {k.quantizer.name}, {v.quantizer.name}, {k.rotation.name}, {k_dim}, {v_dim}"
+    return metal.kernel(
         "decode",
-        ("attention/decode.h", p.k.quantizer.header, p.v.quantizer.header, p.k.rotation.header),
-        INPUTS,
+        ("attention/decode.h", k.quantizer.header, v.quantizer.header, k.rotation.header),
+        names,
         ("out", "stats"),
         f"""
-  typedef Decode<{types}, {rows}, {simds}, {p.mask_kind}> D;
+  typedef Decode<{types}, {rows}, {simds}, {mask}, {span}> D;
   threadgroup uint staged[D::Turn::TABLE];
   threadgroup float4 query[(D::QUERY + 3) / 4];
   threadgroup float weight[{simds * TILE * rows}];
   threadgroup D::S stage[{simds} * MLX_ROTOR_TILE * MLX_ROTOR_STAGE];
-  decode<D>({ARGUMENTS}, staged, (threadgroup float *)query, weight, stage,
+  threadgroup float products[D::PRODUCTS];
+  decode<D>(q, q_strides, table, root, factor, {arguments(names)},
+      staged, (threadgroup float *)query, weight, stage, products,
       {POSITION});
 """,
     )
-    return made(
-        inputs=p.inputs,
-        output_shapes=p.partial_shapes(),
-        output_dtypes=[mx.float32, mx.float32],
-        grid=(32 * simds * p.splits, p.kv_heads, p.q.shape[0]),
-        threadgroup=(32 * simds, 1, 1),
-    )
 
 
-def merge(p: Problem, partial: mx.array, stats: mx.array, logits: mx.array | None) -> mx.array:
-    """Splits put together: [B, Hq, L, Dv] in the queries' dtype."""
+def merge(
+    p: Problem,
+    partial: mx.array,
+    stats: mx.array,
+    logits: mx.array | None,
+    splits: Sequence[int],
+    means: Sequence[mx.array | None],
+) -> mx.array:
+    """Splits put together: [B, Hq, L, Dv] in the queries' dtype.
+
+    Args:
+        partial, stats: of all splits, `splits` of each packed run, then what there is of exact tokens.
+        logits: [Hq] of attention sinks.
+        means: of each packed run's values.
+    """
     batch, heads, queries, _ = p.q.shape
-    made = metal.kernel(
+    v, v_dim = p.body.v, p.body.v_dim
+    inputs = [
+        partial, stats, v.inverse, metal.constant(v.back), _NO_LOGITS if logits is None else logits,
+        mx.array([heads, queries, sum(splits), partial.shape[3], p.rows], mx.int32),
+    ]  # fmt: skip
+    present = [mean for mean in means if mean is not None]
+    centred = bool(present)
+    if centred:
+        if len(means) > 1:
+            no_mean = mx.zeros((batch, p.body.kv_heads, 1, v_dim), mx.float16)
+            present = [mx.concatenate([no_mean if mean is None else mean for mean in means], axis=2)]
+        inputs += [mx.contiguous(present[0]), mx.array(list(accumulate(splits)), mx.int32)]
+    (out,) = _merge(v, v_dim, logits is not None, centred)(
+        inputs=inputs,
+        output_shapes=[(batch, heads, queries, v_dim)],
+        output_dtypes=[p.q.dtype],
+        grid=(32 * batch * heads * queries, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    return out
+
+
+@metal.kept
+def _merge(v: KernelSpec, dim: int, logits: bool, centred: bool) -> Callable[..., list[mx.array]]:
+    return metal.kernel(
         "merge",
-        ("attention/merge.h", p.v.quantizer.header, p.v.rotation.header),
-        ("partial", "stats", "table", "root", "logits", "sizes"),
+        ("attention/merge.h", v.quantizer.header, v.rotation.header),
+        ("partial", "stats", "table", "root", "logits", "sizes", *(("mean", "ends") if centred else ())),
         ("out",),
         f"""
-  typedef {p.v.rotation.name} Turn;
+  typedef {v.rotation.name} Turn;
   threadgroup uint staged[Turn::TABLE];
-  threadgroup float vector[4 * {p.v_dim}];
-  merge<{p.v.quantizer.name}, Turn, {p.v_dim}>(
-      partial, stats, table, root, logits, {"true" if logits is not None else "false"},
+  threadgroup float vector[4 * {dim}];
+  merge<{v.quantizer.name}, Turn, {dim}, {"true" if centred else "false"}>(
+      partial, stats, table, root, logits, {"true" if logits else "false"},
+      {"mean, ends, uint(mean_shape[2])" if centred else "nullptr, sizes, 0"}, uint(sizes[4]),
       uint(sizes[0]), uint(sizes[1]), uint(sizes[2]), uint(sizes[3]), out, staged, vector,
       threadgroup_position_in_grid.x, thread_index_in_simdgroup);
 """,
     )
-    (out,) = made(
-        inputs=[
-            partial, stats, p.v.inverse, mx.array(p.v.root, mx.float32),
-            mx.zeros((1,), mx.float32) if logits is None else logits,
-            mx.array([heads, queries, p.body_splits, p.splits], mx.int32),
-        ],
-        output_shapes=[(batch, heads, queries, p.v_dim)],
-        output_dtypes=[p.q.dtype],
-        grid=(32 * batch * heads * queries, 1, 1),
-        threadgroup=(32, 1, 1),
-    )  # fmt: skip
-    return out
+
+
+def share(splits: int, lengths: Sequence[int]) -> list[int]:
+    """`splits` over packed runs by their lengths: at least one each, MAX_SPLITS in all."""
+    if len(lengths) == 1:
+        return [splits]
+    whole = max(1, sum(lengths))
+    parts = [max(1, round(splits * n / whole)) for n in lengths]
+    while sum(parts) > MAX_SPLITS:
+        parts[parts.index(max(parts))] -= 1
+    return parts
 
 
 def attend_metal(
     q: mx.array,
     sink_run: ExactRun | None,
-    body: PackedRun | None,
+    bodies: Sequence[PackedRun],
     recent: ExactRun | None,
     *,
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
     window: int | None = None,
+    kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
     """`reference.attend` on the GPU: [B, Hq, L, Dv] in q's dtype. Nothing as long as the past is made.
 
+    Each packed run is a launch of its own, the last one's with the exact tokens; one more puts their results together.
+
     Raises:
-        RotorError: no packed run; a dtype, codec or head dimension that no kernel takes.
+        RotorError: no packed run, too many, or of several codecs; a dtype, codec or head dimension no kernel takes.
     """
-    if body is None:
-        raise RotorError("attention over exact tokens alone needs no kernel of ours: call mx.fast's")
-    queries, splits = q.shape[2], splits_for(body.length)
-    run, piece = decode, queries
-    if q.shape[1] // body.k.tiles.shape[1] * queries > ROWS:
-        run, splits = prefill.prefill, prefill.splits_for(q, body, splits)
-        piece = prefill.piece_for(q, body, splits)
+    places = _places(bodies, lengths)
+    queries, held = q.shape[2], [body.length for body in bodies]
+    splits = share(splits_for(sum(held)), held)
+    last, piece = bodies[-1], queries
+    many = q.shape[1] // last.ready.kv_heads * queries > ROWS
+    if many:
+        splits = share(prefill.splits_for(q, last, sum(splits)), held)
+        piece = prefill.piece_for(q, last, sum(splits))
     parts = []
     for start in range(0, queries, piece):
         stop = min(start + piece, queries)
-        p = problem(
-            q[:, :, start:stop], sink_run, body, recent,
-            scale=scale, mask=_mask_rows(mask, start, stop), window=window, lengths=lengths, splits=splits,
-            behind=queries - stop,
-        )  # fmt: skip
-        partial, stats = run(p)
-        parts.append(merge(p, partial, stats, sinks))
+        problems = [
+            problem(
+                q if piece == queries else q[:, :, start:stop], sink_run, body, recent,
+                scale=scale, mask=_mask_rows(mask, start, stop), window=window, kept=kept, lengths=lengths,
+                splits=count, behind=queries - stop, before=before, after=sum(held) - before - body.length,
+            )
+            for body, before, count in zip(bodies, places, splits, strict=True)
+        ]  # fmt: skip
+        if many:
+            rotated = prefill.rotate_queries(problems[0])
+            results = [prefill.prefill(p, rotated) for p in problems]
+        else:
+            results = [decode(p) for p in problems]
+        partial, stats = results[0]
+        if len(results) > 1:
+            partial, stats = (mx.concatenate(list(x), axis=3) for x in zip(*results, strict=True))
+        parts.append(merge(problems[-1], partial, stats, sinks, splits, [body.v.mean for body in bodies]))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _places(bodies: Sequence[PackedRun], lengths: mx.array | None) -> list[int]:
+    """How many packed tokens come before each of the packed runs, which are checked to go together."""
+    if not bodies:
+        raise RotorError("attention over exact tokens alone needs no kernel of ours: call mx.fast's")
+    if len(bodies) > MAX_RUNS:
+        raise RotorError(f"attention over {len(bodies)} packed runs; the kernels take up to {MAX_RUNS}: merge some")
+    if lengths is not None and len(bodies) > 1:
+        raise RotorError(f"lengths go with one packed run, not with {len(bodies)}")
+    if len(bodies) == 1:
+        return [0]
+    codecs = {tuple((side.codec.name, side.codec.dim) for side in (body.k, body.v)) for body in bodies}
+    if len(codecs) > 1:
+        raise RotorError(f"packed runs of one attention must have the same codecs; these have {sorted(codecs)}")
+    return [0, *accumulate(body.length for body in bodies[:-1])]
 
 
 def _mask_rows(mask: mx.array | str | None, start: int, stop: int) -> mx.array | str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from .runs import ExactRun
-from .sight import Sight, held_by
+from .sight import Sight, held_by, kept_in_front
 
 # Taken when this module is imported: the host puts a wrapper in its place later, and that one calls us.
 _stock = mx.fast.scaled_dot_product_attention
@@ -21,11 +21,12 @@ def attend_exact(
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
     window: int | None = None,
+    kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
     """As `reference.attend`, without a packed run."""
     held = None if lengths is None else held_by([False] * len(runs), lengths)
-    sight = Sight(q.shape[2], [run.length for run in runs], mask, window, held)
+    sight = Sight(q.shape[2], [run.length for run in runs], mask, window, held, kept_in_front(runs) if kept else 0)
     if window is not None or held is not None:
         mask = _whole(sight, q.shape[2])
     k, v = (runs[0].k, runs[0].v) if len(runs) == 1 else (mx.concatenate(side, axis=2) for side in _sides(runs))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -16,13 +16,16 @@ from . import source
 
 # What takes mx.fast.metal_kernel's arguments and gives a callable of its kind.
 Maker = Callable[..., Any]
+Made = TypeVar("Made", bound=Callable[..., Any])
 _maker: list[Maker] = []
+_forgetful: list[Callable[[], None]] = []
 
 
 def use_maker(maker: Maker | None) -> None:
     """Makes kernels with `maker` from now on; None: with MLX's own."""
     _maker[:] = [] if maker is None else [maker]
-    kernel.cache_clear()
+    for forget in _forgetful:
+        forget()
 
 
 def simulated() -> bool:
@@ -30,7 +33,22 @@ def simulated() -> bool:
     return bool(_maker)
 
 
+def kept(make: Made) -> Made:
+    """Calls `make` once for equal arguments: putting a kernel's text together takes longer than a launch."""
+    known = cache(make)
+    _forgetful.append(known.cache_clear)
+    return known  # type: ignore[return-value]
+
+
 @cache
+def constant(value: float) -> mx.array:
+    """A float32 that kernels take, evaluated: made once."""
+    array = mx.array(value, mx.float32)
+    mx.eval(array)
+    return array
+
+
+@kept
 def kernel(
     name: str, headers: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], body: str
 ) -> Callable[..., list[mx.array]]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from ..errors import RotorError
 from . import metal
-from .problem import ARGUMENTS, INPUTS, POSITION, Problem
+from .problem import POSITION, Problem, arguments
 from .rotate import rotate_metal
 from .runs import PackedRun
+from .spec import KernelSpec
 
 THREADS, ROWS = 128, 32  # MLX_ROTOR_PREFILL_THREADS, MLX_ROTOR_PREFILL_ROWS
 MAX_DIM = 256  # a step's tokens fit 32 KiB of threadgroup memory, and a row's queries and sums the registers
 THREADGROUPS = 256  # enough to fill a GPU
 PARTIAL_BYTES = 64 << 20  # partial results of the queries taken at a time
-# The rotation's numbers are the rotate kernel's.
-TAKEN = tuple(name for name in INPUTS if name not in ("table", "root"))
 
 
 def splits_for(q: mx.array, body: PackedRun, most: int) -> int:
@@ -32,36 +33,48 @@ def piece_for(q: mx.array, body: PackedRun, splits: int) -> int:
     return max(1, min(int(q.shape[2]), PARTIAL_BYTES // row_bytes))
 
 
-def prefill(p: Problem) -> list[mx.array]:
+def rotate_queries(p: Problem) -> mx.array:
+    """The queries as `prefill` takes them: rotated, in the order K's levels come in, times the factor of scores."""
+    return rotate_metal(p.body.k, p.q, order=p.body.k.quantizer, factor=p.inputs["factor"])
+
+
+def prefill(p: Problem, rotated: mx.array) -> list[mx.array]:
     """Partial results and statistics of every split, `Problem.partial_shapes`.
 
     Raises:
         RotorError: for a head dimension above MAX_DIM.
     """
-    if max(p.k_dim, p.v_dim) > MAX_DIM:
-        raise RotorError(f"the prefill kernel takes head dimensions up to {MAX_DIM}, not {max(p.k_dim, p.v_dim)}")
-    given = dict(zip(INPUTS, p.inputs, strict=True))
-    rotated = rotate_metal(p.k, p.q, order=p.k.quantizer, factor=given["factor"])
-    staged = "float" if p.q.dtype == mx.float32 else "half"
-    types = f"{p.dtype}, {staged}, {p.k.quantizer.name}, {p.v.quantizer.name}, {p.k_dim}, {p.v_dim}"
-    made = metal.kernel(
-        "prefill",
-        ("attention/prefill.h", p.k.quantizer.header, p.v.quantizer.header),
-        ("rotated", *TAKEN),
-        ("out", "stats"),
-        f"""
-  typedef Prefill<{types}, {p.mask_kind}> P;
-  threadgroup {staged} stage[P::WIDTH * P::ROOM];
-  threadgroup float scales[2 * P::TOKENS];
-  prefill<P>(rotated, {ARGUMENTS.replace("table, root, ", "").strip()}, stage, scales,
-      {POSITION});
-""",
-    )
+    body = p.body
+    if max(body.k_dim, body.v_dim) > MAX_DIM:
+        raise RotorError(f"the prefill kernel takes head dimensions up to {MAX_DIM}, not {max(body.k_dim, body.v_dim)}")
+    # The rotation's numbers are the rotate kernel's.
+    inputs = {"rotated": rotated, **{name: x for name, x in p.inputs.items() if name not in ("table", "root")}}
     blocks = -(-p.rows // ROWS)
-    return made(
-        inputs=[rotated, *(given[name] for name in TAKEN)],
+    return _prefill(p.dtype, body.k, body.v, body.k_dim, body.v_dim, p.mask_kind, body.span, (*inputs,))(
+        inputs=list(inputs.values()),
         output_shapes=p.partial_shapes(),
         output_dtypes=[mx.float32, mx.float32],
-        grid=(THREADS * p.splits, p.kv_heads * blocks, p.q.shape[0]),
+        grid=(THREADS * p.splits, body.kv_heads * blocks, p.q.shape[0]),
         threadgroup=(THREADS, 1, 1),
+    )
+
+
+@metal.kept
+def _prefill(
+    dtype: str, k: KernelSpec, v: KernelSpec, k_dim: int, v_dim: int, mask: int, span: int, names: tuple[str, ...]
+) -> Callable[..., list[mx.array]]:
+    staged = "float" if dtype == "float" else "half"
+    types = f"{dtype}, {staged}, {k.quantizer.name}, {v.quantizer.name}, {k_dim}, {v_dim}"
+    return metal.kernel(
+        "prefill",
+        ("attention/prefill.h", k.quantizer.header, v.quantizer.header),
+        names,
+        ("out", "stats"),
+        f"""
+  typedef Prefill<{types}, {mask}, {span}> P;
+  threadgroup {staged} stage[P::WIDTH * P::ROOM];
+  threadgroup float scales[P::SCALES];
+  prefill<P>(rotated, q, q_strides, factor, {arguments(names)}, stage, scales,
+      {POSITION});
+""",
     )

@@ -7,54 +7,54 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import RotorError
-from .runs import ExactRun, PackedRun
-from .spec import KernelSpec, spec_of
+from . import metal
+from .runs import ExactRun, PackedRun, Ready
 
 LOG2E = 1.4426950408889634
 DTYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
-INPUTS = (
-    "q", "table", "root", "factor", "k_tiles", "k_scale", "v_tiles", "v_scale",
-    "sink_k", "sink_v", "recent_k", "recent_v", "mask", "lengths", "sizes",
-)  # fmt: skip
-# The arguments of decode() and prefill() that are not inputs' own names.
-ARGUMENTS = """
-      q, q_strides, table, root, factor, k_tiles, k_tiles_shape, k_scale, v_tiles, v_tiles_shape, v_scale,
-      sink_k, sink_k_strides, sink_v, sink_v_strides, recent_k, recent_k_strides, recent_v, recent_v_strides,
-      mask, mask_strides, lengths, sizes, out, stats"""
 POSITION = "threadgroup_position_in_grid, thread_index_in_threadgroup, thread_index_in_simdgroup"
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2  # MLX_ROTOR_NO_MASK ...
+CAUSAL, EXACT, KEPT, BETWEEN, BEHIND = 1, 2, 4, 8, 16  # flags, as rows.h has them
+_NOTHING_MASKED = mx.array([[[[False]]]])
+mx.eval(_NOTHING_MASKED)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that one attention takes, checked: shapes, types, and the arrays of the kernels in their order.
+    """Everything that one launch takes, checked: shapes, types, and the arrays by the kernels' names for them.
 
-    `rows` are the query rows of a KV head; `splits` counts the body's and, where there are any, the
-    exact tokens', which is the last.
+    `rows` are the query rows of a KV head; `splits` counts the body's and, where this launch reads exact tokens,
+    theirs, which is the last.
     """
 
     q: mx.array
-    k: KernelSpec
-    v: KernelSpec
-    k_dim: int
-    v_dim: int
-    kv_heads: int
+    body: Ready
+    rows: int
     body_splits: int
     splits: int
     mask_kind: int
-    inputs: list[mx.array]
-
-    @property
-    def rows(self) -> int:
-        return int(self.q.shape[1] // self.kv_heads * self.q.shape[2])
+    inputs: dict[str, mx.array]
 
     @property
     def dtype(self) -> str:
         return DTYPES[self.q.dtype]
 
     def partial_shapes(self) -> list[tuple[int, ...]]:
-        lead = (self.q.shape[0], self.kv_heads, self.rows, self.splits)
-        return [(*lead, self.v_dim), (*lead, 2)]
+        lead = (self.q.shape[0], self.body.kv_heads, self.rows, self.splits)
+        return [(*lead, self.body.v_dim), (*lead, 2)]
+
+
+def arguments(names: tuple[str, ...]) -> str:
+    """Of decode() and prefill(), from K's tiles on to what they write, for a launch with inputs `names`."""
+
+    def given(name: str) -> str:
+        return name if name in names else "nullptr"
+
+    return f"""
+      k_tiles, k_tiles_shape, {given("k_scale")}, v_tiles, v_tiles_shape, {given("v_scale")},
+      {given("k_mean")}, {"k_mean_shape[2]" if "k_mean" in names else "0"},
+      sink_k, sink_k_strides, sink_v, sink_v_strides, recent_k, recent_k_strides, recent_v, recent_v_strides,
+      mask, mask_strides, lengths, sizes, out, stats"""
 
 
 def problem(
@@ -66,52 +66,61 @@ def problem(
     scale: float,
     mask: mx.array | str | None,
     window: int | None,
+    kept: bool,
     lengths: mx.array | None,
     splits: int,
     behind: int = 0,
+    before: int = 0,
+    after: int = 0,
 ) -> Problem:
-    """Checks and gathers; `behind` tokens follow the last query's own. Raises RotorError for what no kernel takes,
-    saying what."""
+    """Checks and gathers. Raises RotorError for what no kernel takes, saying what.
+
+    Args:
+        body: one of the packed runs: of all, `before` tokens come before it and `after` behind. The last one's launch
+            reads the exact tokens too.
+        behind: tokens that follow the last query's own.
+    """
     if q.dtype not in DTYPES:
         raise RotorError(f"attention kernels take float16, bfloat16 or float32 queries, not {q.dtype}")
-    batch, heads, queries, _ = q.shape
-    kv_heads = body.k.tiles.shape[1]
-    if q.shape[3] != body.k.codec.dim or heads % kv_heads:
+    ready = body.ready
+    batch, heads, queries, dim = q.shape
+    if dim != ready.k_dim or heads % ready.kv_heads:
         raise RotorError(
-            f"queries {q.shape} don't go with {kv_heads} KV heads of dimension {body.k.codec.dim}: "
+            f"queries {q.shape} don't go with {ready.kv_heads} KV heads of dimension {ready.k_dim}: "
             "the head dimension must be the same, and the KV heads must divide the query heads"
         )
     # An absent exact run is the other one, with length 0; both absent: any array of the right kind.
-    k_dim, v_dim = body.k.codec.dim, body.v.codec.dim
-    empty = ExactRun(*(mx.zeros((batch, kv_heads, 1, d), q.dtype) for d in (k_dim, v_dim)))
-    first, last = sink_run or recent or empty, recent or sink_run or empty
-    exact = [_rows(side, q.dtype) for run in (first, last) for side in (run.k, run.v)]
-    held = [sink_run.length if sink_run else 0, body.length, recent.length if recent else 0]
+    first = sink_run or recent or _empty(q, ready)
+    last = recent or first
+    n_sinks, n_recent = sink_run.length if sink_run else 0, recent.length if recent else 0
     if lengths is None:
-        lengths = mx.array([held] * batch, mx.int32)
-    kind, mask_array = _mask(mask, (batch, heads, queries, sum(held)))
-    exact_splits = int(held[0] + held[2] > 0)
-    flags = int(isinstance(mask, str)) + 2 * exact_splits + 4 * behind
-    sizes = [queries, heads // kv_heads, splits, window or 0, flags, held[0], held[1]]
-    k, v = spec_of(body.k.codec), spec_of(body.v.codec)
-    inputs = [
-        q, k.table, mx.array(k.root, mx.float32), mx.array(scale * LOG2E, mx.float32),
-        body.k.tiles, body.k.scale, body.v.tiles, body.v.scale, *exact, mask_array,
-        lengths.astype(mx.int32), mx.array(sizes, mx.int32),
-    ]  # fmt: skip
-    return Problem(q, k, v, k_dim, v_dim, kv_heads, splits, splits + exact_splits, kind, inputs)
+        lengths = mx.array([[n_sinks, body.length, after + n_recent]] * batch, mx.int32)
+    kind, mask_array = NO_MASK, _NOTHING_MASKED
+    if isinstance(mask, mx.array):
+        slots = n_sinks + before + body.length + after + n_recent
+        kind = BOOL_MASK if mask.dtype == mx.bool_ else ADDED_MASK
+        mask_array = mx.broadcast_to(mask, (batch, heads, queries, slots))
+    elif mask not in (None, "causal"):
+        raise RotorError(f"unknown mask {mask!r}: None, 'causal' or an array")
+    exact_splits = int(after == 0 and n_sinks + n_recent > 0)
+    flags = CAUSAL * isinstance(mask, str) + EXACT * exact_splits + KEPT * kept + BETWEEN * (before > 0)
+    group = heads // ready.kv_heads
+    sizes = [queries, group, splits, window or 0, flags + BEHIND * behind, n_sinks + before, body.length]
+    inputs = {
+        "q": q, "table": ready.k.table, "root": metal.constant(ready.k.back), "factor": metal.constant(scale * LOG2E),
+        **ready.inputs,
+        "sink_k": _row(first.k, q), "sink_v": _row(first.v, q),
+        "recent_k": _row(last.k, q), "recent_v": _row(last.v, q),
+        "mask": mask_array, "lengths": lengths, "sizes": mx.array(sizes, mx.int32),
+    }  # fmt: skip
+    return Problem(q, ready, group * queries, splits, splits + exact_splits, kind, inputs)
 
 
-def _rows(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    if x.dtype != dtype:
-        raise RotorError(f"exact tokens are {x.dtype}, queries {dtype}: attention kernels take one dtype")
+def _empty(q: mx.array, body: Ready) -> ExactRun:
+    return ExactRun(*(mx.zeros((q.shape[0], body.kv_heads, 1, d), q.dtype) for d in (body.k_dim, body.v_dim)))
+
+
+def _row(x: mx.array, q: mx.array) -> mx.array:
+    if x.dtype != q.dtype:
+        raise RotorError(f"exact tokens are {x.dtype}, queries {q.dtype}: attention kernels take one dtype")
     return x
-
-
-def _mask(mask: mx.array | str | None, shape: tuple[int, ...]) -> tuple[int, mx.array]:
-    """The kind of mask and an array of `shape`, broadcast without a copy; one element where there is none."""
-    if mask is None or isinstance(mask, str):
-        if mask not in (None, "causal"):
-            raise RotorError(f"unknown mask {mask!r}: None, 'causal' or an array")
-        return NO_MASK, mx.zeros((1, 1, 1, 1), mx.bool_)
-    return BOOL_MASK if mask.dtype == mx.bool_ else ADDED_MASK, mx.broadcast_to(mask, shape)

@@ -11,11 +11,11 @@ from typing import Protocol
 import mlx.core as mx
 
 from .runs import PackedRun, PackedSide
-from .sight import Sight, held_by
+from .sight import Sight, held_by, kept_in_front
 
-# Elements of one score tile: bounds a tile's scores at 16 MiB and its keys at a few thousand tokens.
-TILE_SCORES = 1 << 22
-MIN_TILE, MAX_TILE = 64, 4096
+# Elements of one score tile: bounds a tile's scores at 8 MiB and its keys at a thousand tokens.
+TILE_SCORES = 1 << 21
+MIN_TILE, MAX_TILE = 64, 1024
 
 
 class Run(Protocol):
@@ -39,7 +39,7 @@ def dequantize(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.a
     """Tokens start .. stop of a packed side in the model's basis, [B, H, stop - start, D]."""
     if start == stop:
         return mx.zeros((*side.tiles.shape[:2], 0, side.codec.dim), dtype)
-    return side.codec.decode(side.packed(start, stop)).astype(dtype)
+    return side.codec.unrotate(side.rotated(start, stop)).astype(dtype)
 
 
 def _tiles(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
@@ -55,6 +55,7 @@ def attend(
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
     window: int | None = None,
+    kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
     """Attention of q over consecutive runs, tile by tile with an online softmax: nothing as long as the past is made.
@@ -66,6 +67,7 @@ def attend(
         mask: None, "causal", boolean (True is seen) or additive, broadcastable to [B, Hq, L, S].
         sinks: [Hq] attention-sink logits, which take softmax mass and no value.
         window: a query at position p sees positions above p - window only; None: all.
+        kept: the exact run in front, if other tokens follow it, is seen whatever the window.
         lengths: int32 [B, 3], for batches of unequal rows: how many tokens of sinks, body and recent tokens each row
             holds, from each run's first. q's rows are then the last L of the row's own tokens; positions before its
             first see nothing. A mask's columns stay the S slots.
@@ -75,7 +77,7 @@ def attend(
     """
     B, heads, L, D = q.shape
     held = None if lengths is None else held_by([isinstance(run, PackedRun) for run in runs], lengths)
-    sight = Sight(L, [run.length for run in runs], mask, window, held)
+    sight = Sight(L, [run.length for run in runs], mask, window, held, kept_in_front(runs) if kept else 0)
     kv_heads = next(run.keys(0, 1).shape[1] for run in runs if run.length)
     group = heads // kv_heads
     queries = (q.astype(mx.float32) * scale).reshape(B, kv_heads, group * L, D)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+
+from .runs import PackedRun
 
 SINKS, BODY, RECENT = range(3)  # the columns of `lengths`
 
@@ -20,6 +23,7 @@ class Sight:
         mask: None, "causal", or an array broadcastable to [B, Hq, rows, slots], boolean (True is seen) or additive.
         window: a query at position p sees positions above p - window only; None: all.
         held: int32 [B] a run, the slots each batch row really holds, from the run's first; None: all of them.
+        kept: slots of the runs in front that are seen whatever the window.
     """
 
     rows: int
@@ -27,6 +31,7 @@ class Sight:
     mask: mx.array | str | None = None
     window: int | None = None
     held: Sequence[mx.array] | None = None
+    kept: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.mask, str) and self.mask != "causal":
@@ -36,10 +41,13 @@ class Sight:
 
     def first(self, run: int) -> int:
         """The run's first slot that any query's window reaches; 0 where batch rows differ."""
-        if self.window is None or self.held is not None:
+        if self.window is None or self.held is not None or self._is_kept(run):
             return 0
         reached = sum(self.sizes) - self.rows + 1 - self.window - sum(self.sizes[:run])
         return min(max(0, reached), self.sizes[run])
+
+    def _is_kept(self, run: int) -> bool:
+        return sum(self.sizes[:run]) < self.kept
 
     def part(self, run: int, start: int, stop: int) -> mx.array | None:
         """For slots start .. stop of a run: what is seen, boolean or additive and broadcastable to
@@ -78,7 +86,7 @@ class Sight:
             seen = (own < ragged[run][:, None])[:, None, None, :] & (queries >= 0)
         if causal:
             seen = queries >= slots if seen is None else seen & (queries >= slots)
-        if windowed:
+        if windowed and not self._is_kept(run):
             assert self.window is not None
             near = slots > queries - self.window
             seen = near if seen is None else seen & near
@@ -94,6 +102,8 @@ def held_by(packed: Sequence[bool], lengths: mx.array) -> list[mx.array]:
         ValueError: if the runs are not sinks, body and recent tokens.
     """
     n = len(packed)
+    if sum(packed) > 1:
+        raise ValueError(f"lengths go with one packed run, not with {sum(packed)}")
     if n == 3:
         columns = [SINKS, BODY, RECENT]
     elif n == 2:
@@ -103,3 +113,9 @@ def held_by(packed: Sequence[bool], lengths: mx.array) -> list[mx.array]:
     else:
         raise ValueError(f"lengths are those of sinks, body and recent tokens; these are {n} runs")
     return [lengths[:, column] for column in columns]
+
+
+def kept_in_front(runs: Sequence[Any]) -> int:
+    """Tokens of the exact run in front, 0 where no others follow it."""
+    held = [run for run in runs if run.length]
+    return int(held[0].length) if len(held) > 1 and not isinstance(held[0], PackedRun) else 0

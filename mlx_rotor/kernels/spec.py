@@ -18,7 +18,8 @@ class Struct:
     name: str
 
 
-@dataclass(frozen=True)
+# Compared by identity: a codec has one, and kernels are found by it.
+@dataclass(frozen=True, eq=False)
 class KernelSpec:
     """A codec in Metal.
 
@@ -26,7 +27,8 @@ class KernelSpec:
         quantizer: the type that turns rotated vectors into codes and back.
         rotation: the type that rotates.
         table: uint32, the rotation's signs or the bits of its floats; `inverse`: those of its inverse.
-        root: the factor the rotation ends with, where it has one.
+        root: the factor the rotation ends with in encoding, where it has one.
+        back: the same for queries, outputs and dequantizing; another one where vectors are encoded times a number.
     """
 
     quantizer: Struct
@@ -34,6 +36,7 @@ class KernelSpec:
     table: mx.array
     inverse: mx.array
     root: float = 1.0
+    back: float = 1.0
 
 
 class KernelCodec(Protocol):
@@ -49,9 +52,15 @@ class KernelCodec(Protocol):
     def index_bits(self) -> int: ...
 
     @property
+    def tile_words(self) -> int: ...
+
+    @property
+    def scaled(self) -> bool: ...
+
+    @property
     def kernel(self) -> KernelSpec | None: ...
 
-    def encode(self, x: mx.array) -> Any: ...
+    def encode(self, x: mx.array, mean: mx.array | None = None) -> Any: ...
 
     def decode(self, packed: Any) -> mx.array: ...
 

@@ -1,76 +1,109 @@
-"""A body's bits against the codec's own, wherever appends start; its room and its copies."""
-
-from itertools import accumulate
+"""Segments: copies share memory, there are few of them, and no order of appends, cuts and copies changes a token."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlx_rotor import codec
-from mlx_rotor.cache.rows import Body
-from mlx_rotor.kernels.tiles import from_tiles
-
-
-def vectors(n, d):
-    return mx.random.normal((2, 3, n, d), key=mx.random.key(n + d))
+from mlx_rotor.cache.body import MANY, SPAN, Body
 
 
-def packed_bits(body):
-    return from_tiles(body.tiles, 0, body.length), body.scale[:, :, : body.length]
+def vectors(n, d=32, seed=0):
+    x = np.random.default_rng([seed, n]).standard_normal((1, 2, n, d)).astype(np.float32)
+    return mx.array(x)
 
 
-@pytest.mark.parametrize(("name", "d"), [("raw32", 64), ("turbo4", 128), ("turbo3", 80), ("trellis3", 112)])
-def test_a_body_has_the_codecs_bits_wherever_appends_start(name, d):
-    x = vectors(300, d)
-    body, sizes = Body(name), [5, 40, 1, 18, 32, 64, 3, 29, 108]
-    for stop, n in zip(accumulate(sizes), sizes, strict=True):
-        body.append(x[:, :, stop - n : stop])
-    for forget, more in ((0, 0), (37, 20), (64, 5), (1, 70), (31, 12)):
-        body.trim(forget)
-        kept = body.length
-        body.append(x[:, :, kept : kept + more])
-        assert body.length == kept + more
-        # Rounding may differ with the shape that is encoded, and flip a code that lies between two levels.
-        expected = codec.get(name, d).encode(x[:, :, : body.length])
-        for got, bits in zip(packed_bits(body), (expected.words, expected.scale), strict=True):
-            assert got.shape == bits.shape and got.dtype == bits.dtype
-            assert mx.mean(got == bits) > 0.999
-    body.trim(body.length)
-    assert body.length == 0 and body.room == 512
+def grow(body, x, n):
+    part = x[:, :, body.length : body.length + n]
+    body.append(part, -part, x[:, :, body.length :], -x[:, :, body.length :])
 
 
-def test_what_is_appended_leaves_every_earlier_bit_alone():
-    x = vectors(200, 80)
-    body = Body("turbo3")
-    body.append(x[:, :, :90])
-    body.trim(13)
-    before = packed_bits(body)
-    mx.eval(before)
-    for n in (1, 2, 30, 60):
-        body.append(-x[:, :, :n])
-        for was, now in zip(before, packed_bits(body), strict=True):
-            assert mx.array_equal(was, now[:, :, :77])
+def values(body):
+    """(K, V) of all tokens, rotated back."""
+    runs = body.runs(body.length)
+    assert sum(run.length for run in runs) == body.length
+    return [
+        mx.concatenate(
+            [side.codec.unrotate(side.rotated(0, run.length)) for run in runs for side in [getattr(run, kv)]], 2
+        )
+        for kv in "kv"
+    ]
 
 
-@pytest.mark.parametrize("start", [4000, 4001])
-def test_an_append_copies_no_buffer(start):
-    x = mx.random.normal((1, 4, start, 128))
-    body = Body("turbo4")
-    body.append(x)
-    mx.eval(body.tiles, body.scale, x)
+def check(body, x, tolerance=1e-6):
+    assert sum(segment.length for segment in body.segments) == body.length
+    assert all(not s.open and s.length % SPAN == 0 for s in body.segments[:-1])
+    assert sum(not s.open for s in body.segments) <= MANY + 1
+    if body.length:
+        k, v = values(body)
+        want = x[:, :, : body.length]
+        assert mx.abs(k - want).max() <= tolerance and mx.abs(v + want).max() <= tolerance
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["append", "trim", "copy", "both", "drop"]), st.integers(1, 700)), min_size=1, max_size=14
+)
+
+
+@settings(max_examples=60)
+@given(STEPS, st.booleans())
+def test_any_order_of_appends_trims_and_copies(steps, centre):
+    x = vectors(10_000)
+    body = Body("raw32", "raw32", centre, [])
+    start, others = 0, []
+    for what, n in steps:
+        if what == "append":
+            grow(body, x[:, :, start:], n)
+        elif what == "trim":
+            body.trim(min(n, body.length))
+        elif what == "drop":
+            n = min(n, body.length) // SPAN * SPAN
+            body.drop(n)
+            start += n
+        elif what == "copy":
+            body = body.copy()
+        else:
+            others.append((start, body.length, body.copy()))
+    check(body, x[:, :, start:])
+    for at, length, other in others:
+        assert other.length == length
+        check(other, x[:, :, at:])
+        grow(other, x[:, :, at:], 40)
+        check(other, x[:, :, at:])
+    check(body, x[:, :, start:])
+
+
+def test_a_copy_adds_less_than_a_span():
+    x = vectors(3000, 64)
+    body = Body("turbo4", "turbo4", True, [])
+    grow(body, x, 2900)
+    mx.eval(body.arrays)
+    other = body.copy()
     before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    body.append(x[:, :, :1])
-    mx.eval(body.tiles, body.scale)
-    assert mx.get_peak_memory() - before < body.nbytes / 8
+    grow(other, x, 32)
+    mx.eval(other.arrays)
+    room_of_a_span = 2 * 2 * SPAN * (64 * 4 // 8 + 2)
+    assert other.length == 2932 and len(other.segments) == 2
+    assert mx.get_active_memory() - before <= 2 * room_of_a_span + 8192
 
 
-def test_capacity_grows_by_an_eighth():
-    body, rooms = Body("raw32"), set()
-    for _ in range(40):
-        body.append(mx.ones((1, 1, 32, 64)))
-        rooms.add(body.room)
-        assert body.nbytes == body.room * (64 * 4 + 2)
-    assert rooms == {256, 512, 768, 1024, 1280}
-    body = Body("raw32")
-    body.append(mx.ones((1, 1, 4000, 64)))
-    assert body.room == 4608  # 4000 + 500, in whole steps of 256
+def test_copies_without_end_leave_few_segments():
+    x = vectors(12_000)
+    body = Body("raw32", "raw32", True, [])
+    for _ in range(30):
+        grow(body, x, 350)
+        body = body.copy()
+        assert len(body.segments) <= MANY + 1
+    check(body, x)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_a_dropped_front_frees_its_memory(centre):
+    x = vectors(4000)
+    body = Body("raw32", "raw32", centre, [])
+    grow(body, x, 4000)
+    body.drop(3 * SPAN)
+    body.drop(9 * SPAN)
+    check(body, x[:, :, 12 * SPAN :])
+    assert sum(a.nbytes for a in body.arrays) < 1.2 * 928 * 2 * 2 * (32 * 4 + 2) + 4096

@@ -29,6 +29,11 @@ def feed(cache, k, v, chunks):
     return views
 
 
+def same(a, b):
+    """Equal but for the rounding of taking a mean off and putting it back."""
+    return a.shape == b.shape and mx.abs(a - b).max() <= 2e-6
+
+
 CHUNKS = [
     [300],
     [1] * 90,
@@ -48,17 +53,17 @@ def test_every_token_comes_back(chunks, sinks, ring, block):
     cache = RotorCache("raw32", "raw32", sinks, ring, block)
     got_k, got_v = feed(cache, k, v, chunks)
     assert cache.offset == total == cache.size()
-    assert mx.array_equal(got_k, k) and mx.array_equal(got_v, v)
+    assert same(got_k, k) and same(got_v, v)
     again_k, again_v = cache.keys_and_values()
-    assert mx.array_equal(again_k, k) and mx.array_equal(again_v, v)
+    assert same(again_k, k) and same(again_v, v)
     assert cache.ring_length <= ring + block
-    assert cache.body_k.length >= total - sinks - ring - block
-    assert cache.body_k.length % block == 0 == cache.body_v.length % block
+    assert cache.body.length >= total - sinks - ring - block
+    assert cache.body.length % block == 0
 
 
 def test_exact_parts_are_bit_exact_and_the_body_is_the_codecs():
     k, v = tokens(400, d=128)
-    cache = RotorCache("turbo4", "turbo2")
+    cache = RotorCache("turbo4", "turbo2", centre=False)
     feed(cache, k, v, [400])
     got_k, got_v = cache.keys_and_values()
     for got, x, name in ((got_k, k, "turbo4"), (got_v, v, "turbo2")):
@@ -85,7 +90,8 @@ def test_nbytes_is_every_byte_to_the_byte():
     ring = -(-(1000 - 4 - body) // 32) * 32
     per_token = B * H * 128 * (codec.get("turbo4", 128).bits + codec.get("turbo2", 128).bits) / 8
     exact = B * H * 128 * 4 * 2 * (4 + ring)
-    assert cache.nbytes == exact + room * per_token
+    means = B * H * 128 * 2 * (-(-body // 256) + 1)
+    assert cache.nbytes == exact + room * per_token + means
     assert cache.elements == 2 * B * H * 128 * 1000
 
 
@@ -94,7 +100,7 @@ def test_no_exact_copy_of_the_body_outlives_prefill():
     mx.eval(k, v)
     cache = RotorCache("turbo4", "turbo2")
     before = mx.get_active_memory()
-    mx.eval(cache.update_and_fetch(k, v), cache.state[:8])
+    mx.eval(cache.update_and_fetch(k, v), cache.state)
     del k, v
     mx.clear_cache()
     assert mx.get_active_memory() - before <= cache.nbytes
@@ -110,8 +116,8 @@ def test_trim_forgets_the_last(n):
     assert cache.offset == keep
     more = (k[:, :, 300:], v[:, :, 300:])
     got_k, got_v = feed(cache, *more, [60, 1, 39])
-    assert mx.array_equal(got_k, mx.concatenate([k[:, :, :keep], more[0]], 2))
-    assert mx.array_equal(got_v, mx.concatenate([v[:, :, :keep], more[1]], 2))
+    assert same(got_k, mx.concatenate([k[:, :, :keep], more[0]], 2))
+    assert same(got_v, mx.concatenate([v[:, :, :keep], more[1]], 2))
 
 
 def test_deepcopy_is_independent():
@@ -121,8 +127,8 @@ def test_deepcopy_is_independent():
     other = copy.deepcopy(cache)
     feed(cache, k[:, :, 200:], v[:, :, 200:], [1] * 100)
     assert other.offset == 200
-    assert mx.array_equal(other.keys_and_values()[0], k[:, :, :200])
-    assert mx.array_equal(cache.keys_and_values()[0], k)
+    assert same(other.keys_and_values()[0], k[:, :, :200])
+    assert same(cache.keys_and_values()[0], k)
 
 
 def test_saves_and_loads_as_mlx_lm_does(tmp_path):
@@ -144,12 +150,12 @@ def test_prefill_keeps_the_body_in_whole_tiles():
     cache = RotorCache("raw32", "raw32")
     for n, ring in ((200, 132), (100, 136), (1, 137), (299, 148)):
         feed(cache, k[:, :, cache.offset :], v[:, :, cache.offset :], [n])
-        assert (cache.body_k.length % 32, cache.ring_length) == (0, ring)
+        assert (cache.body.length % 32, cache.ring_length) == (0, ring)
     cache.trim(200)
-    assert cache.body_k.length % 32 and cache.ring_length == 0
+    assert cache.body.length % 32 and cache.ring_length == 0
     feed(cache, k[:, :, 400:], v[:, :, 400:], [200])
-    assert cache.body_k.length % 32 == 0
-    assert mx.array_equal(cache.keys_and_values()[0], k)
+    assert cache.body.length % 32 == 0
+    assert same(cache.keys_and_values()[0], k)
 
 
 def test_runs_on_another_thread():
@@ -158,7 +164,7 @@ def test_runs_on_another_thread():
 
     def work():
         try:
-            mx.eval(feed(cache, k, v, [250] + [1] * 50), cache.state[:8])
+            mx.eval(feed(cache, k, v, [250] + [1] * 50), cache.state)
         except Exception as e:
             error.append(e)
 
@@ -168,7 +174,7 @@ def test_runs_on_another_thread():
     assert not error and cache.offset == 300
 
 
-def test_masks_are_the_stock_cachess():
+def test_masks_are_the_stock_caches():
     ours, theirs = RotorCache("raw32", "raw32"), stock.KVCache()
     k, v = tokens(20)
     for n in (1, 5):
@@ -185,7 +191,7 @@ def test_keys_can_be_set_to_themselves_behind_a_dependency():
     k, v = tokens(10)
     cache.update_and_fetch(k, v)
     cache.keys = mx.depends(cache.keys, mx.ones(1))
-    assert mx.array_equal(cache.keys_and_values()[0], k)
+    assert same(cache.keys_and_values()[0], k)
     with pytest.raises(RotorError, match="ring"):
         cache.keys = mx.zeros((1,))
 
@@ -203,3 +209,71 @@ def test_mlx_lm_hooks_it_must_not_have():
     cache = RotorCache("turbo4", "turbo4")
     # `bits` would route attention to mlx_lm's affine path, `to_quantized` would convert it, `__len__` make it falsy.
     assert not any(hasattr(cache, name) for name in ("bits", "to_quantized", "__len__", "__bool__"))
+
+
+@pytest.mark.parametrize("window", [40, 330])
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_a_window_shows_what_mlx_lms_rotating_cache_shows(window, n):
+    """Steps of one token, and chunks: scores of all the model sees, by fused attention and by arrays."""
+    k, v = tokens(1300)
+    ours, theirs = RotorCache("raw32", "raw32", 0, 16, 8, window=window), stock.RotatingKVCache(window)
+    q = mx.array(np.random.default_rng(2).standard_normal((B, 2 * H, 1300, D)).astype(np.float32))
+    sdpa = mx.fast.scaled_dot_product_attention
+    at = 0
+    for size in [2 * window, 20, *[n] * (550 // n if n > 1 else 300)]:
+        part = k[:, :, at : at + size], v[:, :, at : at + size], q[:, :, at : at + size]
+        at += size
+        mask, stock_mask = ours.make_mask(size), theirs.make_mask(size)
+        view_k, view_v = ours.update_and_fetch(*part[:2])
+        want = sdpa(part[2], *theirs.update_and_fetch(*part[:2]), scale=0.1, mask=stock_mask)
+        handle = paired(view_k, view_v)
+        assert mx.abs(handle.attend(part[2], 0.1, mask) - want).max() < 3e-6
+        assert mx.abs(sdpa(part[2], mx.array(view_k), mx.array(view_v), scale=0.1, mask=mask) - want).max() < 3e-6
+    assert ours.offset == theirs.offset == at
+    assert ours.held <= window + 16 + 8 + max(256 + 256, window // 4 + 256) + n
+
+
+def test_a_window_with_kept_sinks_shows_them_and_the_last():
+    k, v = tokens(900)
+    cache = RotorCache("raw32", "raw32", 4, 16, 8, window=96)
+    feed(cache, k[:, :, :850], v[:, :, :850], [500] + [1] * 350)
+    q = mx.ones((B, H, 1, D))
+    mask = cache.make_mask(1)
+    handle = paired(*cache.update_and_fetch(k[:, :, 850:851], v[:, :, 850:851]))
+    seen = [mx.concatenate([x[:, :, :4], x[:, :, 851 - 96 : 851]], axis=2) for x in (k, v)]
+    want = mx.fast.scaled_dot_product_attention(q, *seen, scale=0.1)
+    assert mx.abs(handle.attend(q, 0.1, mask) - want).max() < 3e-6
+    assert cache.offset == 851 and cache.held < 851 and not cache.is_trimmable()
+
+
+def test_a_copy_adds_the_ring_and_less_than_a_segment():
+    k, v = tokens(4000, d=128)
+    cache = RotorCache("turbo4", "turbo3")
+    feed(cache, k, v, [4000])
+    mx.eval(cache.state)
+    mx.clear_cache()
+    ring = B * H * 2 * 160 * 128 * 4
+    segment = B * H * 2 * 512 * 128 // 2
+    before = mx.get_active_memory()
+    other = copy.deepcopy(cache)
+    mx.eval(feed(other, *tokens(64, 3, 128), [1] * 64)[0].rotor.attend(mx.ones((B, H, 1, 128)), 1.0), other.state)
+    mx.clear_cache()
+    assert mx.get_active_memory() - before <= ring + segment < cache.nbytes / 2
+    assert same(cache.keys_and_values()[0][:, :, 3990:], k[:, :, 3990:])
+
+
+def test_decoding_after_a_load_is_bit_identical(tmp_path):
+    register()
+    k, v = tokens(700, d=128)
+    cache = RotorCache("trellis3", "turbo3", 4, 32, 8)
+    feed(cache, k, v, [600])
+    cache = copy.deepcopy(cache)
+    feed(cache, k[:, :, 600:], v[:, :, 600:], [1] * 40)
+    stock.save_prompt_cache(str(tmp_path / "p.safetensors"), [cache])
+    (loaded,) = stock.load_prompt_cache(str(tmp_path / "p.safetensors"))
+    assert [s.length for s in loaded.body.segments] == [s.length for s in cache.body.segments]
+    q = mx.ones((B, H, 1, 128))
+    for at in range(640, 700):
+        more = k[:, :, at : at + 1], v[:, :, at : at + 1]
+        a, b = (paired(*c.update_and_fetch(*more)).attend(q, 0.1) for c in (cache, loaded))
+        assert mx.array_equal(a, b)

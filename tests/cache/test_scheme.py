@@ -34,7 +34,7 @@ def test_parts_override_defaults():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("nope", "turbo4v2, or k=turbo4,v=iso3"),
+        ("nope", "turbo4v2, k=turbo4,v=iso3, or a calibration"),
         ("turbo9", "unknown KV scheme"),
         ("turbo4v9", "unknown KV scheme"),
         ("", "unknown KV scheme"),

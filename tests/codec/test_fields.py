@@ -11,10 +11,11 @@ from mlx_rotor.codec.fields import pack, units, unpack
 def by_hand(code, bits):
     """The words of one vector of d codes, as Python integers: (32-bit words, 16 bits over or None)."""
     d = len(code)
-    n = d // (8 if bits == 4 else 16)
+    stride = 2 if bits == 3 else bits
+    n = d * stride // 32
     low = [0] * n
     for e, c in enumerate(code):
-        low[e % n] |= (int(c) & (15 if bits == 4 else 3)) << (4 if bits == 4 else 2) * (e // n)
+        low[e % n] |= (int(c) & (2**stride - 1)) << stride * (e // n)
     if bits != 3:
         return low, None
     # The high bits of two neighbouring units interleave; a last unit without a neighbour has 16 of its own.
@@ -31,7 +32,7 @@ def by_hand(code, bits):
 
 
 @pytest.mark.parametrize("dim", (64, 80, 96, 112, 128, 192, 256))
-@pytest.mark.parametrize("bits", (2, 3, 4))
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_words_are_as_documented_and_read_back(bits, dim):
     code = np.random.default_rng(dim + bits).integers(0, 2**bits, (2, 3, dim))
     packed = pack(mx.array(code), bits)
@@ -56,7 +57,7 @@ def test_strided_words_and_codes_are_taken(dim):
     assert np.array_equal(np.array(unpack(across[1::2], 3, dim)), code.swapaxes(0, 1)[1::2])
 
 
-@pytest.mark.parametrize(("dim", "bits"), [(40, 4), (72, 4), (100, 2), (130, 3), (48, 4), (128, 1), (128, 5)])
+@pytest.mark.parametrize(("dim", "bits"), [(40, 4), (72, 4), (100, 2), (130, 3), (48, 4), (72, 8), (128, 1), (128, 5)])
 def test_what_cant_be_packed_is_named(dim, bits):
     with pytest.raises(RotorError, match=rf"head dimension {dim} .* {bits} bits"):
         units(dim, bits)

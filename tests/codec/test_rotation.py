@@ -9,8 +9,8 @@ from mlx_rotor import RotorError, codec
 from mlx_rotor.codec.blocks import SEED
 from mlx_rotor.codec.rotation import TwoSignHadamard, signs, takes_hadamard, uniforms
 
-FAMILIES = ("turbo", "trellis", "planar", "iso", "rotor")
-BLOCKS = {"planar": 2, "iso": 4, "rotor": 3}
+FAMILIES = ("turbo", "trellis", "planar", "iso", "isofull", "rotor")
+BLOCKS = {"planar": 2, "iso": 4, "isofull": 4, "rotor": 3}
 
 
 def rotation(family, dim):
@@ -109,9 +109,9 @@ def test_block_rotations_turn_each_block_by_itself(family, dim):
 def test_block_tables_for_kernels_are_numbers_of_length_one_and_their_conjugates(family):
     for dim in (64, 80, 96):
         tables = (rotation(family, dim).table, rotation(family, dim).inverse_table)
-        parts = 2 if family == "planar" else 4
+        parts, sides, rest = 2 if family == "planar" else 4, 1 + (family == "isofull"), dim % BLOCKS[family] == 2
         numbers, inverse = (np.array(mx.view(t, mx.float32)).reshape(-1, parts) for t in tables)
-        assert np.allclose((numbers**2).sum(-1), 1, atol=1e-6)
+        assert np.allclose((numbers**2).sum(-1), 1, atol=1e-6) and len(numbers) == dim // BLOCKS[family] * sides + rest
         assert np.array_equal(inverse, numbers * np.array([1, -1, -1, -1], np.float32)[:parts])
 
 
@@ -138,6 +138,19 @@ def test_iso_is_a_left_product_of_unit_quaternions():
     assert np.allclose((q**2).sum(-1), 1, atol=1e-6) and abs(q.mean()) < 0.15
     turned = np.array(r.rotate(mx.array(x.reshape(5, 128).astype(np.float32)))).reshape(5, 32, 4)
     assert np.allclose(turned, quaternion_product(q, x), atol=1e-5)
+
+
+def test_isofull_is_a_product_with_unit_quaternions_from_both_sides():
+    r = rotation("isofull", 80)
+    numbers = np.array(mx.view(r.table, mx.float32), np.float64).reshape(20, 2, 4)
+    left, right = numbers[:, 0], numbers[:, 1]
+    x = np.array(gaussian(5, 80), np.float64).reshape(5, 20, 4)
+    turned = np.array(r.rotate(mx.array(x.reshape(5, 80).astype(np.float32)))).reshape(5, 20, 4)
+    assert np.allclose(turned, quaternion_product(quaternion_product(left, x), right), atol=1e-5)
+    # The left one alone is the fast form; the right ones are others.
+    alone = np.array(rotation("iso", 80).rotate(mx.array(x.reshape(5, 80).astype(np.float32)))).reshape(5, 20, 4)
+    assert np.allclose(alone, quaternion_product(left, x), atol=1e-5)
+    assert len({tuple(q.round(4)) for q in numbers.reshape(40, 4)}) == 40
 
 
 def test_rotor_is_a_sandwich_about_random_axes():

@@ -21,7 +21,7 @@ from mlx_rotor.evals.size import Size
 from mlx_rotor.evals.spool import FLOAT32_LIMIT
 from mlx_rotor.evals.subject import Subject, Target
 
-SIZE = Size(windows=4, window=224, needles=2, lengths=(224,), depths=(0.1, 0.9), chats=0)
+SIZE = Size(windows=4, window=224, needles=2, lengths=(224,), depths=(0.1, 0.9), chats=0, greedy=2)
 UNPROTECTED = {"sinks": 0, "ring": 32, "protect_layers": 0}
 
 
@@ -86,7 +86,10 @@ def test_memory_is_what_the_caches_hold(report):
     per_layer = 2 * 128  # K and V of one head
     assert reference.footprint.further == 2 * per_layer * 4
     assert reference.footprint.fp16 == reference.footprint.tokens * 2 * per_layer * 2
-    assert squeezed.footprint.further == 2 * 2 * (2 * 128 + 16) / 8
+    means = 128 * 2 / 256  # of K, float16, one for 256 tokens
+    assert squeezed.footprint.further == 2 * (2 * (2 * 128 + 16) / 8 + means)
+    assert squeezed.footprint.bits == 2 + 16 / 128 + 8 * means / 256
+    assert squeezed.footprint.codecs == ("turbo2/turbo2", "turbo2/turbo2") and reference.footprint.codecs == ()
     assert squeezed.footprint.layers_compressed == 2 and squeezed.footprint.fused_calls > 0
     assert squeezed.footprint.fallback_calls == 0
 
@@ -106,10 +109,11 @@ def test_a_configuration_has_no_divergence_from_itself(checkpoints, monkeypatch,
 
 
 def test_against_a_model_that_is_no_row(checkpoints):
-    found = compare([f"x={checkpoints['a']}"], ["exact"], against=f"y={checkpoints['b']}", size=SIZE)
+    size = SIZE.with_(greedy=0)
+    found = compare([f"x={checkpoints['a']}"], ["exact"], against=f"y={checkpoints['b']}", size=size)
     assert [(r.label, r.is_reference) for r in found.rows] == [("x", False)]
     assert found.basis.reference == "y" and found.rows[0].divergence.mean.value > 0.01
-    assert "Reference: y, float32" in found.markdown()
+    assert "Reference: y, float32" in found.markdown() and "greedily" not in found.markdown()
 
 
 def test_every_model_is_loaded_once_and_the_reference_run_once(checkpoints, monkeypatch):
@@ -128,7 +132,7 @@ def test_every_model_is_loaded_once_and_the_reference_run_once(checkpoints, monk
 
     monkeypatch.setattr(module, "Subject", Counted)
     monkeypatch.setattr(module.score, "predictions", counted)
-    size = SIZE.with_(windows=1, needles=0)
+    size = SIZE.with_(windows=1, needles=0, greedy=0)
     compare([str(checkpoints["b"])], ["turbo4"], against=str(checkpoints["a"]), size=size)
     assert (loaded, ran) == (["a", "b"], ["exact", "turbo4"])
     loaded.clear(), ran.clear()
@@ -141,7 +145,8 @@ def test_tables_and_json_hold_the_same_figures(report):
     lines = text.splitlines()
     assert len({line.count("|") for line in lines[:6]}) == 1, "one width of table"
     assert f"{report.rows[1].perplexity.value:.2f} ±" in lines[3]
-    assert lines[3].count("reference") == 5
+    assert lines[3].count("reference") == 6
+    assert "2 prompts of 256 tokens continued" in text and "Same greedily: of 256 tokens" in text
     assert "4 windows × 224 tokens" in text and "2 needles" in text and "seed 0" in text and "ring 32" in text
     assert "Reference: a, float32, exact KV." in text
     assert "224 @ 10 %" in text
@@ -150,13 +155,17 @@ def test_tables_and_json_hold_the_same_figures(report):
     assert row["perplexity"]["value"] == report.rows[3].perplexity.value
     assert row["divergence"]["mean"]["se"] == report.rows[3].divergence.mean.se
     assert [(c["length"], c["depth"], c["of"]) for c in row["needles"]] == [(224, 0.1, 1), (224, 0.9, 1)]
+    same = report.rows[0].greedy
+    assert data["rows"][0]["greedy"]["same"] == list(same.same) and same.limit == 256
+    cell = f"| {same.mean.value:.0f}"
+    assert cell in lines[2] and f", {same.median:.0f}, {same.never} " in lines[2]
     assert data["rows"][1]["divergence"] is None and data["rows"][1]["is_reference"]
     assert {"machine", "mlx", "mlx_lm", "date"} <= set(data["machine"])
 
 
 def test_what_cannot_be_compared(checkpoints, tmp_path):
     a = str(checkpoints["a"])
-    size = SIZE.with_(windows=1, needles=0)
+    size = SIZE.with_(windows=1, needles=0, greedy=0)
     with pytest.raises(RotorError, match="turbo99"):
         compare([a], ["exact", "turbo99"], size=size)
     with pytest.raises(RotorError, match=r"no config\.json there"):
@@ -178,7 +187,7 @@ def test_another_tokenizer_is_refused(checkpoints, tmp_path):
     data["model"]["merges"] = data["model"]["merges"][:-200]
     (other / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(RotorError, match="tokenize the text differently"):
-        compare([str(checkpoints["a"]), str(other)], ["exact"], size=SIZE.with_(windows=1, needles=0))
+        compare([str(checkpoints["a"]), str(other)], ["exact"], size=SIZE.with_(windows=1, needles=0, greedy=0))
 
 
 def test_targets(checkpoints, tmp_path):
@@ -188,6 +197,7 @@ def test_targets(checkpoints, tmp_path):
     assert Target.parse(a) == Target("a", a)
     assert Target.parse(f"my model={a}") == Target("my model", a)
     assert Target.parse("FP8=bundled").label == "FP8"
+    assert Target.parse(None).where == "bundled" and Target.parse(a).where == a
     assert Target.parse(None) == Target.parse("bundled")
     assert Target.parse("someone/model-4bit") == Target("someone/model-4bit", "someone/model-4bit")
     twins = [Target("m", "/x/m"), Target("m", "/y/m"), Target("m", "/x/m"), Target("n", "/n")]

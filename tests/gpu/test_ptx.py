@@ -105,7 +105,7 @@ def test_ptxas_takes_our_kernels(pair, arch, tmp_path):
             sides.append(PackedSide(made, *packed))
             dequantize_metal(sides[-1], 0, 40, mx.float16)
         queries = mx.zeros((1, 12, 40, timing.DIM), mx.float16)
-        attend_metal(queries, None, PackedRun(40, *sides), None, scale=1.0, mask="causal")
+        attend_metal(queries, None, [PackedRun(40, *sides)], None, scale=1.0, mask="causal")
     finally:
         metal.use_maker(None)
     launches = recorder.launches + timing.launches(pair, timing.ENCODED, arch)

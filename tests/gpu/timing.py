@@ -39,7 +39,7 @@ def launches(pair: tuple[str, str], tokens: int, arch: str) -> list[Launch]:
     metal.use_maker(recorder)
     try:
         body = PackedRun(tokens, *sides)
-        mx.eval(attend_metal(random(1, HEADS, 1, DIM), exact[0], body, exact[1], scale=DIM**-0.5))
+        mx.eval(attend_metal(random(1, HEADS, 1, DIM), exact[0], [body], exact[1], scale=DIM**-0.5))
     finally:
         metal.use_maker(None)
     return recorder.launches

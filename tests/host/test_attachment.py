@@ -46,7 +46,7 @@ def test_logits_are_stocks(model_type, fused):
     layers = report.layers(caches)
     assert layers.compressed and layers.fused_calls + layers.fallback_calls == len(layers.compressed) * len(chunks)
     assert (layers.fallback_calls == 0) is fused
-    assert all(c.body_k.length > 30 for c in caches if isinstance(c, RotorCache))
+    assert all(c.body.length > 30 for c in caches if isinstance(c, RotorCache))
 
 
 def test_only_plain_layers_are_compressed():
@@ -78,7 +78,7 @@ def test_attach_again_replaces_and_exact_detaches():
     model = tiny("llama")
     for name in ("turbo4", "turbo3"):
         mlx_rotor.attach(model, name, protect_layers=0)
-        assert stock.make_prompt_cache(model)[0].body_k.codec_name == name
+        assert stock.make_prompt_cache(model)[0].codecs == (name, name)
     mlx_rotor.attach(model, "exact")
     assert type(stock.make_prompt_cache(model)[0]) is stock.KVCache
     assert "make_cache" not in model.parameters()
@@ -125,16 +125,18 @@ def test_a_prefix_serves_two_continuations():
 
 def test_verify_packs_in_every_layer():
     caches = mlx_rotor.verify(tiny("minimax"), "turbo4v2")
-    assert all(c.body_k.length and c.counts.fused and not c.counts.fallback for c in caches)
+    assert all(c.body.length and c.counts.fused and not c.counts.fallback for c in caches)
 
 
-def test_verify_refuses_a_model_that_expands():
-    with pytest.raises(RotorError, match="expanded keys and values"):
+def test_a_model_whose_attention_expands_is_refused():
+    with pytest.raises(RotorError, match=r"nothing to compress: latent attention.*--kv exact"):
         mlx_rotor.attach(tiny("deepseek_v3"), "turbo4")
 
 
 def test_verify_refuses_when_the_wrapper_is_bypassed(monkeypatch):
     model = tiny("llama")
+    mlx_rotor.make_prompt_cache(model)
+    attention.uninstall()
     monkeypatch.setattr(attention, "install", lambda: None)
     with pytest.raises(RotorError, match=r"layers \[0, 1, 2\]"):
         mlx_rotor.attach(model, "turbo4")
@@ -185,7 +187,7 @@ caches = mlx_rotor.verify(model, "turbo4")
 print([c.counts.fused for c in caches])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[2, 2]", done.stderr
+    assert done.stdout.strip() == "[3, 3]", done.stderr
 
 
 def test_report_counts_stock_caches_too():

@@ -4,7 +4,8 @@ import mlx.core as mx
 import pytest
 
 from kernel_cases import distance, needs_kernels, running
-from mlx_rotor import attach, detach
+from mlx_rotor import attach, detach, make_prompt_cache
+from mlx_rotor.host import layers
 from tiny_models import tiny
 
 PROMPT = [(7 * i * i + 3) % 250 for i in range(80)]
@@ -25,7 +26,11 @@ def logits(model, backend, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("architecture", ["llama", "minimax", "gpt_oss"])
 def test_logits_are_the_twins(monkeypatch, architecture):
-    model = tiny(architecture)
+    """gpt_oss with its windows compressed, which are of 40 tokens here."""
+    monkeypatch.setattr(layers, "SHORTEST_WINDOW", 40)
+    model = tiny(architecture, **({"sliding_window": 40} if architecture == "gpt_oss" else {}))
+    if architecture == "gpt_oss":
+        assert [c.window for c in make_prompt_cache(model)] == [40, None, None]
     want = logits(model, "reference", monkeypatch)
     with running() as simulator:
         got = logits(model, "metal", monkeypatch)

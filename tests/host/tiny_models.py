@@ -47,7 +47,7 @@ CONFIGS = {
         "moe_intermediate_size": 32,
         "kv_lora_rank": 64,
         "q_lora_rank": 32,
-        "qk_rope_head_dim": 64,
+        "qk_rope_head_dim": 32,
         "qk_nope_head_dim": 32,
         "v_head_dim": 32,
         "n_routed_experts": None,

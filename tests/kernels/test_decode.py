@@ -10,6 +10,7 @@ from kernel_cases import (
     PAIRS,
     SCHEDULES,
     TOLERANCE,
+    attend_runs,
     distance,
     needs_kernels,
     needs_simulator,
@@ -19,13 +20,12 @@ from kernel_cases import (
 from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
 from mlx_rotor.kernels import reference
-from mlx_rotor.kernels.attention import attend_metal
 
 
 def off(q, runs, **how) -> float:
     """How far the kernels are from the twin, which computes in float32 from the same inputs."""
     how = {"scale": q.shape[-1] ** -0.5, "mask": "causal", **how}
-    got = attend_metal(q, *runs, **how)
+    got = attend_runs(q, runs, **how)
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
         runs = [run for run in runs if run]
@@ -97,7 +97,7 @@ def test_masks():
     )
     nothing = mx.zeros((2, slots), mx.bool_)
     with running():
-        assert not np.array(attend_metal(q, *runs, scale=1.0, mask=nothing)).any()
+        assert not np.array(attend_runs(q, runs, scale=1.0, mask=nothing)).any()
 
 
 @needs_kernels
@@ -143,13 +143,13 @@ def test_no_schedule_matters(pair, options):
 def test_what_no_kernel_takes_is_named():
     q, runs = problem()
     with pytest.raises(RotorError, match="int32"):
-        attend_metal(q.astype(mx.int32), *runs, scale=1.0)
+        attend_runs(q.astype(mx.int32), runs, scale=1.0)
     with pytest.raises(RotorError, match="float16"):
-        attend_metal(q.astype(mx.float16), *runs, scale=1.0)
+        attend_runs(q.astype(mx.float16), runs, scale=1.0)
     with pytest.raises(RotorError, match="96"):
-        attend_metal(mx.zeros((1, 6, 1, 96)), *runs, scale=1.0)
+        attend_runs(mx.zeros((1, 6, 1, 96)), runs, scale=1.0)
     with pytest.raises(RotorError, match="exact tokens alone"):
-        attend_metal(q, runs[0], None, runs[2], scale=1.0)
+        attend_runs(q, [runs[0], runs[2]], scale=1.0)
 
 
 @needs_kernels

@@ -1,5 +1,7 @@
 """The dequantize kernel in the simulator against its twin: every codec, any range of tokens."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ from kernel_cases import (
     running,
 )
 from metal_sim import SUPPORTED
-from mlx_rotor import RotorError, kernels
+from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.kernels import reference
 from mlx_rotor.kernels.dequantizing import dequantize_metal
+from mlx_rotor.kernels.tiles import to_tiles
 
 HEAD_DIMS = sorted({*DIMS, 112})
 
@@ -49,6 +52,18 @@ def test_every_codec(at):
     """Each at two of the head dimensions, all of which come up."""
     for i in (at, at + 3):
         agree(side_of(NAMES[at], HEAD_DIMS[i % len(HEAD_DIMS)]), 3, 70)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
+def test_every_float8(options):
+    """All 256 codes, exactly; those of NaN, which are never made, as numbers."""
+    words = mx.view(mx.arange(256, dtype=mx.uint8), mx.uint32).reshape(1, 1, 4, 16)
+    side = kernels.PackedSide(codec.get("fp8:0.3", 64), to_tiles(words), None)
+    with running(options) as simulator:
+        got = dequantize_metal(side, 0, 4, mx.float32)
+        assert np.array_equal(np.array(got), np.array(reference.dequantize(side, 0, 4, mx.float32)))
+    assert simulator.objections == []
 
 
 @needs_kernels
@@ -94,7 +109,7 @@ def test_the_packages_dequantize_uses_it(monkeypatch):
 
 @needs_simulator
 @pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize(("name", "dim"), [("trellis3", 80), ("rotor4", 96)])
+@pytest.mark.parametrize(("name", "dim"), [("trellis3", 80), ("rotor4", 96), ("fp8:0.5", 80)])
 def test_no_schedule_matters(name, dim, options):
     agree(side_of(name, dim), 5, 69, options=options)
 
@@ -111,7 +126,9 @@ def test_traffic(dtype):
 
 
 def dequantizing():
-    return off(side_of("trellis3", 80, 75), 39, 75)
+    side = side_of("trellis3", 80, 75)
+    mean = mx.array(np.random.default_rng(0).standard_normal((1, 2, 4, 80)).astype(np.float16))
+    return off(replace(side, mean=mean, span=32), 39, 75)
 
 
 @needs_simulator

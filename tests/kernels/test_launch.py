@@ -102,17 +102,16 @@ def test_encode_and_attend_launch_kernels(made):
     assert x.shape == (2, 2, 37, 64) and x.dtype == mx.float16 and len(made) == 1
 
 
-def test_a_codec_without_a_kernel_is_named(monkeypatch, made):
-    monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
-    run = packed("raw32")
-    monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
-    for call in (
-        lambda: packed("raw32"),
-        lambda: kernels.attend(mx.ones((2, 4, 1, 64)), [run], scale=1.0),
-        lambda: kernels.dequantize(run.k, 0, 4, mx.float16),
-    ):
-        with pytest.raises(RotorError, match=r"codec raw32 has no Metal kernel.*MLX_ROTOR_BACKEND=reference"):
-            call()
+def test_a_codec_without_a_kernel_is_mlxs_operations(made):
+    """Alone, or as one side of a run whose other side has one."""
+    run, other, q = packed("raw32"), packed("turbo4"), mx.random.normal((2, 4, 1, 64))
+    del made[:]
+    mixed = PackedRun(40, other.k, run.v)
+    for runs in ([run], [mixed], [*exact(4), other, mixed]):
+        out = kernels.attend(q, runs, scale=0.2)
+        assert mx.array_equal(out, reference.attend(q, runs, scale=0.2)) and out.any()
+    shown = kernels.dequantize(run.k, 0, 4, mx.float16)
+    assert mx.array_equal(shown, reference.dequantize(run.k, 0, 4, mx.float16)) and shown.any()
     assert not made
 
 
@@ -136,6 +135,8 @@ def test_exact_tokens_alone_go_to_mlxs_attention(made, lengths, wrapped, dtype):
         {"mask": "causal", "sinks": mx.random.normal((4,)).astype(dtype)},
         {"mask": "causal", "window": 9},
         {"mask": "causal", "window": 300},
+        {"mask": "causal", "window": 9, "kept": True},
+        {"mask": "causal", "window": 2, "kept": True, "lengths": held},
         {"mask": "causal", "lengths": held},
         {"mask": mx.ones((5, 1), mx.bool_), "lengths": held, "window": 3},
     ):
@@ -149,12 +150,15 @@ def test_exact_tokens_alone_go_to_mlxs_attention(made, lengths, wrapped, dtype):
 def test_runs_in_order():
     a, b = exact(4, 9)
     none, body = exact(0)[0], packed("turbo4")
-    assert in_order([a, body, b]) == (a, body, b)
-    assert in_order([a, body]) == (a, body, None)
-    assert in_order([body, b]) == (None, body, b)
-    assert in_order([none, body, none]) == (None, body, None)
-    assert in_order([a, b]) == (a, None, b)
-    assert in_order([b]) == (None, None, b)
-    for wrong in ([a, b, body], [body, body], [a, b, a]):
-        with pytest.raises(ValueError, match="exact sinks, a packed body"):
+    assert in_order([a, body, b]) == (a, [body], b)
+    assert in_order([a, body]) == (a, [body], None)
+    assert in_order([body, b]) == (None, [body], b)
+    assert in_order([none, body, none]) == (None, [body], None)
+    assert in_order([a, b]) == (a, [], b)
+    assert in_order([b]) == (None, [], b)
+    other = packed("turbo4")
+    assert in_order([a, body, PackedRun(0, body.k, body.v), other, b]) == (a, [body, other], b)
+    assert in_order([body, other]) == (None, [body, other], None)
+    for wrong in ([a, b, body], [body, b, other], [a, b, a]):
+        with pytest.raises(ValueError, match="exact sinks, packed segments"):
             in_order(wrong)

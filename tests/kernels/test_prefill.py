@@ -7,6 +7,7 @@ import pytest
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
+    attend_runs,
     barriers,
     distance,
     mutated,
@@ -18,7 +19,6 @@ from kernel_cases import (
 )
 from mlx_rotor import RotorError
 from mlx_rotor.kernels import prefill, reference
-from mlx_rotor.kernels.attention import attend_metal
 
 # Every codec as K and as V, every head dimension, every dtype: pairs of them, not all triples.
 CASES = [
@@ -41,7 +41,7 @@ CASES = [
 
 def off(q, runs, **how) -> float:
     how = {"scale": q.shape[-1] ** -0.5, "mask": "causal", **how}
-    got = attend_metal(q, *runs, **how)
+    got = attend_runs(q, runs, **how)
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
         runs = [run for run in runs if run]
@@ -104,7 +104,7 @@ def test_masks():
     agree(q, runs, mask=mx.array(rng.standard_normal((2, 1, 9, slots)).astype(np.float32)))
     agree(q, runs, mask=mx.array(np.where(rng.random((9, slots)) < 0.5, 0, -np.inf)).astype(mx.float16))
     with running():
-        assert not np.array(attend_metal(q, *runs, scale=1.0, mask=mx.zeros((9, slots), mx.bool_))).any()
+        assert not np.array(attend_runs(q, runs, scale=1.0, mask=mx.zeros((9, slots), mx.bool_))).any()
 
 
 @needs_kernels
@@ -234,7 +234,7 @@ def test_tiles_that_no_row_sees_are_not_loaded():
 def test_what_it_does_not_take_is_named():
     q, runs = problem(("turbo4", "turbo2"), 512, 3, queries=9)
     with running(), pytest.raises(RotorError, match="256, not 512"):
-        attend_metal(q, *runs, scale=1.0)
+        attend_runs(q, runs, scale=1.0)
 
 
 def attending():
@@ -281,8 +281,8 @@ def test_a_missing_barrier_is_seen(path, call, at, monkeypatch, tmp_path):
         (ATTEND, "attention/steps.h", "t < Steps<T>::TOKENS", "t + 4 < Steps<T>::TOKENS", 0),
         (ATTEND, "attention/steps.h", "e < DIM", "e <= DIM", 0),
         (ATTEND, "attention/steps.h", "token < count ? row[e]", "token <= count ? row[e]", 0),
-        (ATTEND, "attention/steps.h", "token < sinks ? token :", "token <= sinks ? token :", 0),
-        (MASKED, "attention/steps.h", "token < sinks ? token :", "token <= sinks ? token :", 1),
+        (ATTEND, "attention/rows.h", "i < sinks ? i :", "i <= sinks ? i :", 0),
+        (MASKED, "attention/rows.h", "i < sinks ? i :", "i <= sinks ? i :", 1),
         (MASKED, "attention/prefill.h", "token < source.count", "token <= source.count", 0),
         (ATTEND, "attention/prefill.h", "highest = fmax(highest, simd_shuffle_xor(highest, ushort(8)));", "", 0),
         (ATTEND, "attention/prefill.h", "sum *= keep", "", 0),
@@ -297,8 +297,8 @@ def test_a_missing_barrier_is_seen(path, call, at, monkeypatch, tmp_path):
         (ATTEND, "attention/prefill.h", "first < exact.count;", "first + 16 < exact.count;", 0),
         (ATTEND, "attention/prefill.h", "+ int(P::TOKENS), exact.count) - 1", ", exact.count) - 1", 0),
         (ATTEND, "attention/prefill.h", "(stop + MLX_ROTOR_TILE - 1)", "stop", 0),
-        (ATTEND, "attention/prefill.h", "span.x - tokens.sinks) /", "span.x - tokens.sinks + 32) /", 0),
-        (OWN, "attention/prefill.h", "span.y - tokens.sinks)", "span.y - tokens.sinks - 32)", 0),
+        (ATTEND, "attention/prefill.h", "span.x - tokens.before) /", "span.x - tokens.before + 32) /", 0),
+        (OWN, "attention/prefill.h", "span.y - tokens.before)", "span.y - tokens.before - 32)", 0),
         (ATTEND, "attention/prefill.h", "first < end;", "first + 16 < end;", 0),
         (MASKED, "attention/prefill.h", "own_row % queries", "own_row / queries", 0),
         (MASKED, "attention/prefill.h", "first_head + own_row / queries", "own_row / queries", 0),

@@ -98,16 +98,16 @@ def test_dtype_is_the_queries():
     assert reference.attend(mx.ones((2, 2, 1, 32), mx.bfloat16), parts, scale=1.0).dtype == mx.bfloat16
 
 
-def packed_runs(lengths, kv_heads, d, name="turbo4"):
+def packed_runs(lengths, kv_heads, d, name="turbo4", seed=0):
     """Sinks, a packed body and recent tokens, and what attention of them must see: the body decoded."""
-    sink, middle, recent = runs(lengths, kv_heads, d, d)
+    sink, middle, recent = runs(lengths, kv_heads, d, d, seed)
     c = codec.get(name, d)
     sides = [PackedSide(c, *encode_reference(c, x)) for x in (middle.k, middle.v)]
     shown = ExactRun(*(c.decode(side.packed(0, lengths[1])) for side in sides))
     return [sink, PackedRun(lengths[1], *sides), recent], [sink, shown, recent]
 
 
-def sight(slots, lengths, rows, causal, window):
+def sight(slots, lengths, rows, causal, window, kept=False):
     """Which slots the queries of each batch row see, one by one from the definition: bool [B, 1, rows, sum(slots)]."""
     seen = np.zeros((len(lengths), 1, rows, sum(slots)), bool)
     for b, held in enumerate(lengths):
@@ -116,7 +116,7 @@ def sight(slots, lengths, rows, causal, window):
             for run, size in enumerate(slots):
                 for i in range(size):
                     if i < held[run] and query >= 0:
-                        near = window is None or position > query - window
+                        near = window is None or position > query - window or (kept and run == 0)
                         seen[b, 0, row, slot + i] = near and (position <= query or not causal)
                         position += 1
                 slot += size
@@ -162,6 +162,42 @@ def test_ragged_rows(tile, lengths, window, rows):
     ):
         out = reference.attend(q, stored, scale=0.3, window=window, lengths=mx.array(lengths, mx.int32), **kwargs)
         assert np.allclose(np.array(out), expected(q, parts, 0.3, **truth), atol=3e-5), truth.keys()
+
+
+@pytest.mark.parametrize("window", [1, 12, 30])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_sinks_may_stay_in_sight(tile, rows, window):
+    slots = [9, 30, 11]
+    stored, parts = packed_runs(slots, 2, 64)
+    q = mx.array(np.random.default_rng(5).standard_normal((2, 6, rows, 64)).astype(np.float32))
+    how = {"scale": 0.3, "mask": "causal", "window": window, "kept": True}
+    for runs, shown in ((stored, parts), ([stored[0], stored[2]], [parts[0], parts[2]])):
+        held = [run.length for run in runs]
+        seen = sight(held, [held] * 2, rows, True, window, kept=True)
+        assert np.allclose(np.array(reference.attend(q, runs, **how)), expected(q, shown, 0.3, seen), atol=3e-5)
+    for runs, shown in ((stored[1:], parts[1:]), ([stored[2]], [parts[2]])):  # no sinks in front
+        held = [run.length for run in runs]
+        seen = sight(held, [held] * 2, rows, True, window)
+        assert np.allclose(np.array(reference.attend(q, runs, **how)), expected(q, shown, 0.3, seen), atol=3e-5)
+    lengths = [[9, 30, 11], [2, 17, 4]]
+    out = reference.attend(q, stored, lengths=mx.array(lengths, mx.int32), **how)
+    seen = sight(slots, lengths, rows, True, window, kept=True)
+    assert np.allclose(np.array(out), expected(q, parts, 0.3, seen), atol=3e-5)
+
+
+def test_several_packed_runs(tile):
+    slots = [3, 30, 1, 20, 11]
+    stored, parts = packed_runs([3, 30, 11], 2, 64)
+    others, shown = zip(*(packed_runs([1, n, 1], 2, 64, seed=n) for n in (1, 20)), strict=True)
+    stored = [*stored[:2], *(runs[1] for runs in others), stored[2]]
+    parts = [*parts[:2], *(runs[1] for runs in shown), parts[2]]
+    q = mx.array(np.random.default_rng(6).standard_normal((2, 6, 3, 64)).astype(np.float32))
+    for window in (None, 25):
+        seen = sight(slots, [slots] * 2, 3, True, window)
+        out = reference.attend(q, stored, scale=0.3, mask="causal", window=window)
+        assert np.allclose(np.array(out), expected(q, parts, 0.3, seen), atol=3e-5)
+    with pytest.raises(ValueError, match="one packed run, not with 3"):
+        reference.attend(q, stored, scale=0.3, lengths=mx.zeros((2, 3), mx.int32))
 
 
 def test_slots_that_a_row_does_not_hold_may_hold_anything():

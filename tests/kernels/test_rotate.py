@@ -22,7 +22,7 @@ from mlx_rotor.kernels.rotate import rotate_metal
 
 def order_of(name, dim):
     """Where a quantizer's levels come in: position of every element, from the layout that codec/fields.h describes."""
-    fields = 8 if name.endswith("4") else 16
+    fields = {2: 16, 3: 16, 4: 8, 8: 4}[codec.get(name, dim).index_bits]
     units = dim // fields
     e = np.arange(dim)
     f = e // units
@@ -63,6 +63,8 @@ def agree(*args, options=None, **how):
         ("turbo2", 256),
         ("planar2", 96),
         ("iso4", 128),
+        ("isofull3", 80),
+        ("fp8:0.25", 64),
         ("rotor3", 80),
     ],
 )
@@ -94,7 +96,7 @@ def test_nothing_to_rotate():
 
 @needs_simulator
 @pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize(("name", "dim"), [("trellis3", 80), ("rotor2", 96)])
+@pytest.mark.parametrize(("name", "dim"), [("trellis3", 80), ("rotor2", 96), ("isofull2", 64)])
 def test_no_schedule_matters(name, dim, options):
     agree(name, vectors(37, dim), ordered=True, options=options)
 

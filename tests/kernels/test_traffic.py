@@ -32,6 +32,21 @@ def test_decode_moves_little_more_than_it_must(pair, tokens, most):
     assert row.launches == 2
 
 
+@pytest.mark.parametrize("pair", [("turbo4", "turbo2"), ("trellis3", "trellis3")], ids="-".join)
+@pytest.mark.parametrize("tokens", [4096, 16384])
+def test_means_cost_little_more_than_their_bytes(tokens, pair):
+    bare, centred = (traffic.decode(pair, tokens, heads=4, kv_heads=1, model=False, span=span) for span in (None, 256))
+    assert centred.needed == bare.needed + 256 * (tokens // 256 + 1)
+    assert centred.bytes_ratio <= 1.005 * bare.bytes_ratio and centred.line_use >= 0.9
+    assert centred.launches == 2
+
+
+def test_segments_move_no_more_than_one_body():
+    one, four = (traffic.decode(PAIRS[0], 8192, heads=4, kv_heads=1, model=False, segments=n) for n in (1, 4))
+    assert four.needed == one.needed and four.moved <= 1.01 * one.moved
+    assert four.launches == 5
+
+
 def test_eight_heads_move_eight_times_one_heads_bytes():
     one, eight = (traffic.decode(PAIRS[0], 512, heads=4 * n, kv_heads=n, model=False) for n in (1, 8))
     assert (eight.moved, eight.needed) == (8 * one.moved, 8 * one.needed)

@@ -146,3 +146,8 @@ def test_operations_refuse_what_failed_and_only_on_the_metal_backend(monkeypatch
         monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
         mx.eval(use())
     metal.use_maker(None)
+
+
+def test_a_codecs_parameter_makes_no_other_kernel():
+    ids = {verdicts.codec_id(codec.get(name, 64)) for name in ("fp8", "fp8:0.5", "fp8:0.25")}
+    assert ids == {"fp8@64"}

@@ -1,0 +1,67 @@
+"""Calibrating fp8: the largest K and V of every layer over a text, and the scales that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import codec
+from ..cache import RotorCache
+from ..cache.sidecar import Sidecar
+from ..codec.fp8 import LARGEST
+from ..errors import RotorError
+from .feed import chunks
+from .subject import Subject
+
+# What other texts may reach beyond this one. fp8's error is relative: room costs nothing, and too little cuts off.
+HEADROOM = 1.25
+
+
+def compressed(caches: Sequence[Any]) -> list[int]:
+    """Which of a model's caches a scheme replaces."""
+    return [i for i, c in enumerate(caches) if isinstance(c, RotorCache)]
+
+
+def model_of(caches: Sequence[Any]) -> str:
+    """The fingerprint of the model that compressed caches are for, "" if they carry none."""
+    return next((c.fingerprint for c in caches if isinstance(c, RotorCache)), "")
+
+
+def maxima(
+    subject: Subject, windows: np.ndarray, chunk: int, advance: Callable[[int], Any] = lambda n: None
+) -> list[tuple[float, float]]:
+    """Largest absolute K (after RoPE) and V of every layer that a scheme compresses, with exact caches.
+
+    Args:
+        windows: int [windows, tokens], each read from an empty cache.
+
+    Raises:
+        RotorError: K or V are not finite numbers somewhere.
+    """
+    layers = compressed(subject.new_cache("fp8"))
+    largest = [(0.0, 0.0)] * len(layers)
+    for window in windows:
+        cache = subject.new_cache("exact")
+        for logits in chunks(subject.model, cache, window.tolist(), chunk):
+            for nth, i in enumerate(layers):
+                # Room not used yet is 0, and a sliding window's buffer holds the whole chunk.
+                k, v = (float(mx.abs(x.astype(mx.float32)).max()) for x in (cache[i].keys, cache[i].values))
+                if not (np.isfinite(k) and np.isfinite(v)):
+                    raise RotorError(f"layer {i}: K or V is no finite number on this text; the model itself is broken")
+                largest[nth] = max(largest[nth][0], k), max(largest[nth][1], v)
+            advance(len(logits))
+    return largest
+
+
+def scale(largest: float) -> float:
+    """The layer scale for values up to `largest`, four figures of it; 1 where all are 0."""
+    return float(f"{largest * HEADROOM / LARGEST:.4g}") if largest else 1.0
+
+
+def fp8_scheme(subject: Subject, largest: Sequence[tuple[float, float]], made: dict[str, Any]) -> Sidecar:
+    layers = [tuple(codec.with_parameter("fp8", scale(x)) for x in pair) for pair in largest]
+    made = made | {"headroom": HEADROOM, "largest": [list(pair) for pair in largest]}
+    return Sidecar("fp8", tuple((k, v) for k, v in layers), model=model_of(subject.new_cache("fp8")), made=made)

@@ -1,0 +1,199 @@
+"""mlx_lm.server's HTTP handler behind a reader of requests: what it can't serve is refused before it gets there."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from mlx_lm import server as stock
+
+from .generator import Generator, as_refusal
+from .refusal import Refusal, Unanswered
+
+log = logging.getLogger(__name__)
+
+PATHS = {"/v1/completions": "text", "/v1/chat/completions": "chat", "/chat/completions": "chat"}
+MODELS = "/v1/models"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was read.
+
+    Attributes:
+        body: JSON that mlx_lm's handler takes, with nothing in it that it stumbles over.
+        model: the name that answers carry.
+        prompts: text or token ids of each choice; empty in a chat.
+    """
+
+    body: dict[str, Any]
+    model: str
+    prompts: list[str | list[int]]
+
+
+class Reader(Protocol):
+    """What a server understands. Both methods may raise `Refusal`."""
+
+    def read(self, kind: str, raw: bytes) -> Asked:
+        """A request's body; `kind` is "chat" or "text"."""
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models that can be asked for, as OpenAI lists them."""
+
+
+class Handler(stock.APIHandler):
+    """Answers requests; `index` is the number of the choice an answer is."""
+
+    index = 0
+    response_generator: Generator
+    wfile: Any
+
+    def __init__(self, generator: Generator, reader: Reader, *args: Any, **kwargs: Any) -> None:
+        self.reader = reader
+        self._began_stream = False
+        super().__init__(generator, *args, **kwargs)
+
+    # ---- requests
+
+    def do_POST(self) -> None:
+        self.path = urlsplit(self.path).path
+        try:
+            kind = PATHS.get(self.path)
+            if kind is None:
+                raise self._no_such_path()
+            self.asked = self.reader.read(kind, self._read_body())
+            with self._body_replaced():
+                super().do_POST()
+        except Refusal as e:
+            self.refuse(e)
+        except ConnectionError as e:
+            log.debug("the client left: %s", e)
+        except Exception as e:
+            log.exception("a request was not answered")
+            self.refuse(as_refusal(e))
+
+    def do_GET(self) -> None:
+        self.path = urlsplit(self.path).path
+        try:
+            if self.path == "/health":
+                self.handle_health_check()
+            elif self.path == MODELS or self.path.startswith(MODELS + "/"):
+                self.handle_models_request()
+            else:
+                raise self._no_such_path()
+        except Refusal as e:
+            self.refuse(e)
+        except ConnectionError as e:
+            log.debug("the client left: %s", e)
+
+    def _no_such_path(self) -> Refusal:
+        there = f"POST to {', '.join(PATHS)}, GET of {MODELS} and /health"
+        return Refusal(f"{self.command} {self.path} is not served here; there are {there}", status=404)
+
+    def _read_body(self) -> bytes:
+        length = self.headers.get("Content-Length")
+        if length is None:
+            raise Refusal("a Content-Length header is needed", status=411)
+        if not length.strip().isdecimal():
+            raise Refusal(f"Content-Length: {length!r} is no length")
+        return self.rfile.read(int(length))
+
+    @contextmanager
+    def _body_replaced(self) -> Iterator[None]:
+        """mlx_lm's handler reads the request itself: it is given what became of it."""
+        data, connection = json.dumps(self.asked.body).encode(), self.rfile
+        self.headers.replace_header("Content-Length", str(len(data)))
+        self.rfile = io.BytesIO(data)
+        try:
+            yield
+        finally:
+            self.rfile = connection
+
+    # ---- answers
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        if len(self.asked.prompts) > 1:
+            from .choices import answer_all
+
+            answer_all(self, request, stop_words)
+        else:
+            if self.asked.prompts:
+                request.prompt = self.asked.prompts[0]
+            self.complete(request, stop_words)
+
+    def complete(self, request: Any, stop_words: list[str]) -> None:
+        """One choice, by mlx_lm's handler."""
+        try:
+            super().handle_completion(request, stop_words)
+        except Unanswered as e:
+            self.refuse(e.refusal)
+        except ConnectionError:
+            raise
+        except Exception as e:
+            log.exception("an answer broke off")
+            self.refuse(as_refusal(e))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Sends a refusal: as the answer, or as the last event of a stream that has begun."""
+        data = json.dumps(refusal.body()).encode()
+        if self._began_stream:
+            self.wfile.write(b"data: " + data + b"\n\n")
+            self.wfile.flush()
+            return
+        self._headers_buffer: list[bytes] = []  # what an answer may have put there
+        self._send(data, refusal.status)
+
+    def _send(self, data: bytes, status: int = 200) -> None:
+        self._set_completion_headers(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._began_stream = True
+
+    def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        response = super().generate_response(*args, **kwargs)
+        response["model"] = self.asked.model
+        choice = response["choices"][0]
+        choice["index"] = self.index
+        said = choice.get("message") or choice.get("delta") or {}
+        if "reasoning" in said:
+            said["reasoning_content"] = said["reasoning"]
+        return response
+
+    def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        named = {"model": self.asked.model, "object": self.object_type}
+        return super().completion_usage_response(*args, **kwargs) | named
+
+    # ---- what is served
+
+    def handle_health_check(self) -> None:
+        generator = self.response_generator
+        healthy, provider = generator.is_healthy, generator.model_provider
+        said = {
+            "status": "ok" if healthy else "unavailable",
+            "model": provider.model_key[0] if provider.model_key else None,
+            "kv": provider.kv,
+            "batching": provider.is_batchable,
+        }
+        self._send(json.dumps(said).encode(), 200 if healthy else 503)
+
+    def handle_models_request(self) -> None:
+        models = [m | {"created": self.created} for m in self.reader.models()]
+        name = unquote(self.path[len(MODELS) + 1 :])
+        if not name:
+            self._send(json.dumps({"object": "list", "data": models}).encode())
+            return
+        found = [m for m in models if m["id"] == name]
+        if not found:
+            raise Refusal(f"there is no model {name!r} here", param="model", status=404, code="model_not_found")
+        self._send(json.dumps(found[0]).encode())

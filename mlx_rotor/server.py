@@ -1,0 +1,44 @@
+"""`python -m mlx_rotor.server`: mlx_lm.server's flags and defaults, through compressed KV caches."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from . import kv_options
+from .command import run
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .host.serving import stock_parser
+
+    parser = stock_parser()
+    parser.prog = "mlx_rotor server"
+    parser.description = "Serve OpenAI's API with a compressed KV cache. All flags of mlx_lm.server, and --kv."
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
+    kv_options.add_to(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    scheme = kv_options.scheme_of(args, ["--kv-bits"])
+
+    from .demo import MODEL
+    from .host.serving import start
+    from .serve.reader import OpenAI
+
+    args.model = args.model or str(MODEL)
+    # A service manager's way to say Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start(args, scheme, OpenAI(args.model), lambda line: print(line, flush=True))
+    print("stopped", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

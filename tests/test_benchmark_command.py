@@ -1,0 +1,62 @@
+"""`python -m mlx_rotor.benchmark codecs` and `cache` as a user runs them; `kernels` is tested with the simulator."""
+
+import json
+
+import pytest
+
+from mlx_rotor import benchmark, codec
+from mlx_rotor.command import run
+
+
+def test_codecs_as_a_table(capsys):
+    assert run(benchmark.main, ["codecs", "--vectors", "64"]) == 0
+    out = capsys.readouterr().out
+    for name in codec.names():
+        assert f"\n{name} " in out
+    assert "4^-bits" in out and "64 Gaussian vectors of 128" in out
+
+
+def test_codecs_as_json(capsys):
+    assert (
+        run(benchmark.main, ["codecs", "--vectors", "64", "--dim", "80", "--codecs", "turbo3,affine4", "--json"]) == 0
+    )
+    data = json.loads(capsys.readouterr().out)
+    (row,) = data["codecs"]
+    assert row["codec"] == "turbo3" and row["bits"] == 3.2 and row["bound"] == 4**-3.2
+    assert row["error"] == pytest.approx(0.0335, rel=0.05)
+    assert list(data["left_out"]) == ["affine4"] and "mlx" in data["machine"]
+
+
+def test_cache(capsys):
+    arguments = ["cache", "--schemes", "exact,turbo4v2", "--tokens", "192", "--prompts", "128", "--chunk", "64"]
+    assert run(benchmark.main, arguments) == 0
+    out = capsys.readouterr().out
+    for title in ("graph of a token", "prefix hit", "reading a prompt"):
+        assert title in out
+    assert out.count("\nturbo4v2 ") == 4 and "bundled model in float32, 64 tokens at a time" in out
+
+
+def test_cache_as_json_without_a_model(capsys):
+    assert run(benchmark.main, ["cache", "--schemes", "turbo2", "--tokens", "160", "--prompts", "0", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [(r["scheme"], r["backend"]) for r in data["overhead"]] == [("turbo2", "reference"), ("turbo2", "metal")]
+    assert [r["kv"] for r in data["prefix_hit"]] == ["exact", "turbo2"] and data["prefill"] == []
+    assert {"ratio", "ratio_a_node", "launches"} <= set(data["overhead"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["codecs", "--codecs", "turbo3,huge7"], "--codecs huge7: there is"),
+        (["codecs", "--vectors", "0"], "must be at least 1"),
+        (["codecs", "--codecs", "affine4", "--dim", "80"], "80"),
+        (["cache", "--schemes", "turbo99"], "turbo99"),
+        (["cache", "--prompts", "100", "--chunk", "64"], "must be multiples of --chunk 64"),
+        (["cache", "--prompts", "many"], "'many' is no whole number"),
+        (["kernels", "--tokens", "x"], "--tokens 'x'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, says, capsys):
+    assert run(benchmark.main, arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
