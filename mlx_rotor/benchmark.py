@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "those of a throughput model, never measurements; `mlx_rotor doctor --kernels` measures on a Mac.",
     )
     k.add_argument("--schemes", default=",".join(PAIRS), help=f"comma-separated ({','.join(PAIRS)})")
-    k.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated (4096,16384)")
+    k.add_argument("--tokens", type=_list(_positive), default=TOKENS, help="comma-separated (4096,16384)")
     k.add_argument("--heads", type=int, default=32, help="query heads, over 8 KV heads of 128 (32)")
     k.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
     k.set_defaults(measure=_kernels)
@@ -81,11 +81,11 @@ def parser() -> argparse.ArgumentParser:
         "reading a prompt with the bundled model (a minute or two a scheme for 4096 tokens; --prompts 0: left out).",
     )
     m.add_argument("--schemes", default=",".join(CACHED), help=f"comma-separated ({','.join(CACHED)})")
-    m.add_argument("--tokens", type=_whole, default=CACHE_TOKENS, help=f"held while measured ({CACHE_TOKENS})")
+    m.add_argument("--tokens", type=_positive, default=CACHE_TOKENS, help=f"held while measured ({CACHE_TOKENS})")
     m.add_argument(
-        "--prompts", default=",".join(map(str, PROMPTS)), help="prompt lengths, multiples of --chunk (2048,4096)"
+        "--prompts", type=_list(_whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
     )
-    m.add_argument("--chunk", type=_whole, default=512, help="prompt tokens fed at a time (512)")
+    m.add_argument("--chunk", type=_positive, default=512, help="prompt tokens fed at a time (512)")
     m.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
     m.set_defaults(measure=_cache)
     return p
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> dict[str, Any]:
-    tokens = [_positive(text) for text in args.tokens.split(",")]
+    tokens = args.tokens
     if args.heads < traffic.KV_HEADS or args.heads > 8 * traffic.KV_HEADS or args.heads % traffic.KV_HEADS:
         raise RotorError(f"--heads {args.heads}: a multiple of 8 from 8 to 64, one query row being up to 8 a KV head")
     jobs: list[Callable[[], traffic.Row]] = []
@@ -164,9 +164,11 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
     from .evals import cache_memory, cache_overhead
 
     schemes = [s for name in args.schemes.split(",") if (s := scheme.parse(name)) is not None]
-    lengths = [int(n) for n in args.prompts.split(",") if _whole(n)]
+    if not schemes:
+        raise RotorError(f"--schemes {args.schemes}: exact KV is measured beside each; name one that packs tokens")
+    lengths = sorted({n for n in args.prompts if n})
     if any(n % args.chunk for n in lengths):
-        raise RotorError(f"--prompts {args.prompts}: must be multiples of --chunk {args.chunk}")
+        raise RotorError(f"--prompts {','.join(map(str, args.prompts))}: must be multiples of --chunk {args.chunk}")
     overheads = [o for b in cache_overhead.BACKENDS for o in cache_overhead.measure(schemes, b, args.tokens)]
     hits = [cache_memory.prefix_hit(s, args.tokens) for s in (None, *schemes)]
     if not args.json:
@@ -182,7 +184,7 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
         total = (1 + len(schemes)) * max(lengths)
         with tqdm(total=total, unit="tok", disable=True if args.json else None) as bar:
             for kv in (None, *schemes):
-                peaks += cache_memory.prefill(model, kv, text, sorted(lengths), args.chunk, bar.update)
+                peaks += cache_memory.prefill(model, kv, text, lengths, args.chunk, bar.update)
         if not args.json:
             _print_peaks(peaks)
     parts: dict[str, Sequence[Any]] = {"overhead": overheads, "prefix_hit": hits, "prefill": peaks}
@@ -224,17 +226,18 @@ def _print_peaks(rows: Sequence[Prefill]) -> None:
     )
 
 
-def _whole(text: str) -> int:
-    """A whole number from 0. Raises RotorError for anything else."""
-    if not text.strip().isdigit():
-        raise RotorError(f"{text!r} is no whole number")
+def _whole(text: str, low: int = 0) -> int:
+    if not text.strip().isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low}")
     return int(text)
 
 
 def _positive(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise RotorError(f"--tokens {text!r}: whole numbers from 1, separated by commas")
-    return int(text)
+    return _whole(text, 1)
+
+
+def _list(read: Callable[[str], int]) -> Callable[[str], list[int]]:
+    return lambda text: [read(part) for part in text.split(",")]
 
 
 def _print_traffic(rows: Sequence[traffic.Row]) -> None:

@@ -8,23 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from . import kv_options
-from .command import run
+from .command import check_writable, run
 from .errors import RotorError
 
 
 def _parser() -> argparse.ArgumentParser:
     from .host.generation import stock_cache_parser
 
-    parser = stock_cache_parser()
-    parser.prog = "mlx_rotor cache_prompt"
-    parser.description = (
-        "Run a prompt and keep its KV cache, compressed, in a file for --prompt-cache-file of generate."
-    )
-    parser.set_defaults(model=None)
-    for action in parser._actions:
-        if action.dest == "model":
-            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
-    kv_options.add_to(parser)
+    what = "Run a prompt and keep its KV cache, compressed, in a file for --prompt-cache-file of generate."
+    parser = kv_options.completed(stock_cache_parser(), "cache_prompt", what)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -36,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheme = kv_options.scheme_of(args)
 
     from . import load, make_prompt_cache
-    from .demo import MODEL
     from .host import prompting, report
     from .host.generation import fill
-    from .host.prompt_files import save_prompt_cache
+    from .host.prompt_files import save_prompt_cache, written_path
+
+    check_writable("--prompt-cache-file", written_path(args.prompt_cache_file))
 
     config = {"trust_remote_code": args.trust_remote_code}
     if args.eos_token is not None:
@@ -57,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.json:
         print(f"KV cache {scheme.name if scheme else 'exact'}: {report.describe(caches)}", flush=True)
     fill(model, tokens, caches, progress=not args.json)
-    metadata = {"model": args.model or str(MODEL), "tokenizer_config": json.dumps(config)}
+    metadata = {"tokenizer_config": json.dumps(config)}
+    if args.model is not None:  # The bundled model is where the package is: another place on another machine.
+        metadata["model"] = args.model
     path = save_prompt_cache(args.prompt_cache_file, caches, metadata)
     held, fp16 = report.kv_bytes(caches), report.kv_bytes_fp16(caches)
     if args.json:

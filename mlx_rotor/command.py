@@ -1,10 +1,11 @@
-"""What every command shares: how it starts, fails and stops. No flags, no logic."""
+"""What every command shares: how it starts, fails and stops, and where it may write. No flags, no logic."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .errors import RotorError
 
@@ -26,3 +27,9 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def check_writable(flag: str, file: Path) -> None:
+    """Raises RotorError where `file`, given with `flag`, can't be written: before the work whose result it is for."""
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise RotorError(f"{flag} {file}: can't write a file there; give one in a folder that can be written")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .command import run
+from .command import check_writable, run
 from .errors import RotorError
 
 if TYPE_CHECKING:
@@ -54,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not a.kernels and (a.thorough or a.no_timing):
         raise RotorError("--thorough and --no-timing are about --kernels")
     output = a.output or (OUTPUT if a.kernels else None)
-    if output and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
-        raise RotorError(f"--output {output}: can't write a file there")
+    if output:
+        check_writable("--output", output)
     from .evals.diagnosis import diagnose, why_no_kernels
+    from .evals.record import replace_text
 
     found = diagnose()
     if not a.json:
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.json:
         print(json.dumps(facts, indent=1))
     if output:
-        _write(output, facts)
+        replace_text(output, json.dumps(facts, indent=1) + "\n")
         if not a.json:
             print(f"\n{output} holds all of this, to attach to a report.")
     return 0 if found.ok else 1
@@ -167,17 +166,6 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]
     for line in (titles, ["-" * w for w in widths], *rows):
         print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RotorError(f"--output {path}: {e.strerror}") from e
 
 
 if __name__ == "__main__":

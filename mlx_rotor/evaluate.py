@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import DEFAULT, EXACT
-from .command import run
+from .command import check_writable, run
 from .errors import RotorError
 
 if TYPE_CHECKING:
     from .evals.report import Report
+
+# What a comparison measures, and on what.
+MEASURING = (
+    *("model", "kv", "against", "text", "thorough", "windows", "window", "chunk", "needles", "needle_lengths"),
+    *("depths", "chats", "greedy", "seed", "kv_sinks", "kv_ring", "kv_protect_layers"),
+)
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -99,14 +105,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int | None:
     a = parser().parse_args(argv)
     for flag, file in (("--out", a.out), ("--json-out", a.json_out), ("--plot", a.plot)):
-        if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise RotorError(f"{flag} {file}: can't write a file there")
+        if file:
+            check_writable(flag, file)
     if a.calibrate_kv or a.kv_calibrate:
         return _calibrate(a)
     if a.target_bits is not None or a.candidates:
         raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
     from .evals import plot, record
 
+    if a.from_json and (unused := _given(a, *MEASURING, "json_out")):
+        raise RotorError(f"{', '.join(unused)}: nothing is measured with --from-json; leave it out")
     if a.plot:
         plot.available()
     report = record.read(a.from_json) if a.from_json else _measured(a)
@@ -119,6 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return 0
 
 
+def _given(a: argparse.Namespace, *names: str) -> list[str]:
+    """Those of the flags `names` that were given."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if (value := getattr(a, name)) is not None and value is not False
+    ]
+
+
 def _text(a: argparse.Namespace) -> str | None:
     try:
         return a.text.read_text("utf-8") if a.text else None
@@ -127,17 +144,18 @@ def _text(a: argparse.Namespace) -> str | None:
 
 
 def _calibrate(a: argparse.Namespace) -> int:
-    given = {"--kv": a.kv, "--against": a.against, "--thorough": a.thorough, "--out": a.out, "--plot": a.plot}
-    given |= {"--json-out": a.json_out, "--from-json": a.from_json}
-    if unused := [flag for flag, value in given.items() if value]:
+    comparing = [name for name in MEASURING if name not in ("model", "text", "windows", "window", "chunk")]
+    if unused := _given(a, *comparing, "out", "plot", "json_out", "from_json"):
         raise RotorError(f"{', '.join(unused)}: not of use in calibrating; evaluate the scheme afterwards")
     if a.calibrate_kv and a.kv_calibrate:
         raise RotorError("--calibrate-kv (fp8's scales) and --kv-calibrate (every layer's codecs) write one file each")
     if len(a.model or []) > 1:
         raise RotorError("a scheme is calibrated for one --model")
+    flag = "--calibrate-kv" if a.calibrate_kv else "--kv-calibrate"
     file = a.calibrate_kv or a.kv_calibrate
-    if file.suffix != ".json" or file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
-        raise RotorError(f"{file}: must be a file that can be written and ends in .json")
+    if file.suffix != ".json":
+        raise RotorError(f"{flag} {file}: a scheme's file must end in .json, which is how --kv knows it")
+    check_writable(flag, file)
     from .evals import calibrate
 
     preset = calibrate.MAXIMA if a.calibrate_kv else calibrate.SEARCH
@@ -153,6 +171,8 @@ def _calibrate(a: argparse.Namespace) -> int:
     else:
         candidates = a.candidates.split(",") if a.candidates else calibrate.CANDIDATES
         target = 3.0 if a.target_bits is None else a.target_bits
+        if not (math.isfinite(target) and target > 0):
+            raise RotorError(f"--target-bits {target:g}: must be a number above 0")
         found = calibrate.bits(file, model, target, candidates, reading, progress=True)
         scheme = found.scheme
         facts = {"file": str(file), "layers": scheme.layers, "bits": found.bits}

@@ -16,13 +16,8 @@ from .errors import RotorError
 def _parser() -> argparse.ArgumentParser:
     from .host.generation import stock_parser
 
-    parser = stock_parser()
-    parser.prog = "mlx_rotor generate"
-    parser.description = "Generate text with a compressed KV cache. All flags of mlx_lm.generate, and --kv."
-    for action in parser._actions:
-        if action.dest == "model":
-            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
-    kv_options.add_to(parser)
+    what = "Generate text with a compressed KV cache. All flags of mlx_lm.generate, and --kv."
+    parser = kv_options.completed(stock_parser(), "generate", what)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -50,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metadata: dict[str, Any] = {}
     if args.prompt_cache_file:
         caches, metadata = read_prompt_cache(args.prompt_cache_file)
-        if args.model not in (None, metadata.get("model")):
+        if args.model not in (None, metadata.get("model", args.model)):
             raise RotorError(f"{args.prompt_cache_file} was made with {metadata.get('model')}, not {args.model}")
     tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}")) | {
         "trust_remote_code": args.trust_remote_code

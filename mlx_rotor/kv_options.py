@@ -1,21 +1,24 @@
-"""The flags that choose a KV scheme, the same in every command that runs a model, and the scheme they mean."""
+"""mlx_lm's flags with those that choose a KV scheme, the same in every command that runs a model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from .errors import RotorError
 
-# Flags of mlx_lm that choose a cache of its own.
-STOCK_CACHES = ("--kv-bits",)
+PARTS = ("kv_sinks", "kv_ring", "kv_protect_layers")
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags, as a group of their own."""
+def completed(parser: argparse.ArgumentParser, command: str, description: str) -> argparse.ArgumentParser:
+    """A parser of mlx_lm's as that of `command`: the bundled model is the default, and a scheme's flags are added."""
     from .cache import DEFAULT
 
+    parser.prog, parser.description = f"mlx_rotor {command}", description
+    parser.set_defaults(model=None)
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
     kv = parser.add_argument_group("compressed KV cache")
     what = f"trellis3, turbo4v2, k=…,v=…, a calibration's .json, or exact (default: {DEFAULT})"
     kv.add_argument("--kv", metavar="SCHEME", help=what)
@@ -24,13 +27,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     kv.add_argument("--kv-sinks", type=int, metavar="N", help="first tokens kept exact (default: 4)")
     kv.add_argument("--kv-ring", type=int, metavar="N", help="recent tokens kept exact (default: 128)")
     kv.add_argument("--kv-protect-layers", type=int, metavar="N", help="end layers one codec step up (default: 2)")
+    return parser
 
 
-def scheme_of(args: argparse.Namespace, stock_caches: Sequence[str] = STOCK_CACHES) -> Any:
+def scheme_of(args: argparse.Namespace) -> Any:
     """The scheme `args` ask for, or None for exact KV.
-
-    Args:
-        stock_caches: those flags of mlx_lm, among the ones this command has, that choose a cache of its own.
 
     Raises:
         RotorError: an unknown scheme, or flags that contradict each other.
@@ -38,23 +39,27 @@ def scheme_of(args: argparse.Namespace, stock_caches: Sequence[str] = STOCK_CACH
     from .cache import DEFAULT, EXACT, parse
 
     text, k, v = args.kv, args.cache_type_k, args.cache_type_v
-    if k or v:
-        if text:
+    limit = getattr(args, "max_kv_size", None)
+    if k is not None or v is not None:
+        if text is not None:
             raise RotorError("--kv and --cache-type-k/--cache-type-v say the same thing: use one of them")
         if not (k and v):
             raise RotorError("give both --cache-type-k and --cache-type-v")
         text = EXACT if k == v == "f16" else f"k={k},v={v}"
-    asked = text is not None or any(x is not None for x in (args.kv_sinks, args.kv_ring, args.kv_protect_layers))
-    for flag in stock_caches:
-        if getattr(args, flag.removeprefix("--").replace("-", "_")) is not None:
-            if asked and text != EXACT:
-                raise RotorError(
-                    f"{flag} is mlx_lm's own cache and can't be combined with a compressed one; drop either"
-                )
-            return None
-    if not asked and getattr(args, "max_kv_size", None) is not None:
+    parts = [f"--{part.replace('_', '-')}" for part in PARTS if getattr(args, part) is not None]
+    exact = text is not None and text.strip() == EXACT
+    if exact and parts:
+        raise RotorError(f"{', '.join(parts)}: all tokens are exact in exact KV; leave it out, or give another --kv")
+    if args.kv_bits is not None:
+        if not exact and (text is not None or parts):
+            raise RotorError("--kv-bits is mlx_lm's own cache and can't be combined with a compressed one; drop either")
+        if limit is not None:
+            raise RotorError("--kv-bits and --max-kv-size: mlx_lm packs no cache of limited size; drop either")
+        return None
+    if text is None and not parts and limit is not None:
         from .host.layers import SHORTEST_WINDOW
 
-        if args.max_kv_size < SHORTEST_WINDOW:
+        if limit < SHORTEST_WINDOW:
             return None  # too few tokens to gain from packing, and nobody asked for it
-    return parse(text or DEFAULT, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)
+    text = DEFAULT if text is None else text
+    return parse(text, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)

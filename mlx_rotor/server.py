@@ -14,19 +14,13 @@ from .command import run
 def _parser() -> argparse.ArgumentParser:
     from .host.serving import stock_parser
 
-    parser = stock_parser()
-    parser.prog = "mlx_rotor server"
-    parser.description = "Serve OpenAI's API with a compressed KV cache. All flags of mlx_lm.server, and --kv."
-    for action in parser._actions:
-        if action.dest == "model":
-            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
-    kv_options.add_to(parser)
-    return parser
+    what = "Serve OpenAI's API with a compressed KV cache. All flags of mlx_lm.server, and --kv."
+    return kv_options.completed(stock_parser(), "server", what)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    scheme = kv_options.scheme_of(args, ["--kv-bits"])
+    scheme = kv_options.scheme_of(args)
 
     from .demo import MODEL
     from .host.serving import start

@@ -52,11 +52,25 @@ def test_cache_as_json_without_a_model(capsys):
         (["codecs", "--codecs", "affine4", "--dim", "80"], "80"),
         (["cache", "--schemes", "turbo99"], "turbo99"),
         (["cache", "--prompts", "100", "--chunk", "64"], "must be multiples of --chunk 64"),
-        (["cache", "--prompts", "many"], "'many' is no whole number"),
-        (["kernels", "--tokens", "x"], "--tokens 'x'"),
+        (["cache", "--schemes", "exact"], "--schemes exact: exact KV is measured beside each"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says, capsys):
     assert run(benchmark.main, arguments) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["cache", "--prompts", "128,many"], "argument --prompts: 'many' is no whole number from 0"),
+        (["cache", "--chunk", "0"], "argument --chunk: '0' is no whole number from 1"),
+        (["cache", "--tokens", "0"], "argument --tokens: '0' is no whole number from 1"),
+        (["kernels", "--tokens", "4096,x"], "argument --tokens: 'x' is no whole number from 1"),
+    ],
+)
+def test_numbers_that_are_none_name_their_flag(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        run(benchmark.main, arguments)
+    assert says in capsys.readouterr().err

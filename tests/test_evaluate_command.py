@@ -72,6 +72,7 @@ def test_a_table_that_is_kept_and_drawn(tmp_path, capsys):
         (["--greedy", "1000"], "prompts of 256 tokens; 1000 asked for"),
         (["--json-out", "/nowhere/q.json"], "--json-out /nowhere/q.json: can't write a file there"),
         (["--plot", "/nowhere/q.svg"], "--plot /nowhere/q.svg: can't write a file there"),
+        (["--from-json", "x.json", "--kv", "turbo3", "--needles", "0"], "--kv, --needles: nothing is measured with"),
         (["--from-json", "/nowhere.json"], "/nowhere.json: No such file or directory"),
         (["--out", "/nowhere/table.md"], "--out /nowhere/table.md: can't write a file there"),
     ],

@@ -272,9 +272,7 @@ struct Decode {
     for (uint r = 0; r < ROWS; ++r) {
       float s = MLX_ROTOR_UNSEEN;
       if (held && tokens.sees_any(int(l), tokens.exact_position(own))) {
-        s = masked<MASK>(
-            score[r], mask, mask_strides, batch, head, l,
-            tokens.exact_slot(own));
+        s = masked<MASK>(score[r], mask, mask_strides, batch, head, l, tokens.exact_slot(own));
       }
       score[r] = s;
       l = l + 1 < uint(tokens.queries) ? l + 1 : 0;
@@ -359,7 +357,7 @@ struct Decode {
 // q: [B, Hq, L, DK]; k_tiles, v_tiles: [B, Hkv, tiles, words], k_scale, v_scale: [B, Hkv, 32 tiles], contiguous, whole
 // buffers whatever they hold, scales null where the quantizer has none; k_mean: [B, Hkv, groups, DK], contiguous, null where
 // there are none; sinks and recent tokens as in exact.h; mask as in `masked`, lengths and sizes as in `tokens_of`. The last
-// split is of the exact tokens where `with_exact`. `factor` is scale · log2(e).
+// split is of the exact tokens where `exact_splits` is 1. `factor` is scale · log2(e).
 template <
     typename D,
     typename QStrides,

@@ -13,18 +13,13 @@
 #define MLX_ROTOR_ENCODE_TILES 2
 
 // Vectors encoded at a time, and the threadgroup memory that takes: `vector` VECTORS · DIM, `packed` 32 · WORDS,
-// `over` and `fitted` 32, `codes` VECTORS · DIM, `scratch` as many words as `scratch_words` says, `centre` as many as
-// `centre_words`.
+// `over` and `fitted` 32, `codes` VECTORS · DIM, `scratch` as many words as `scratch_words` says, `centre` DIM
+// where there are means.
 #define MLX_ROTOR_ENCODE_VECTORS (MLX_ROTOR_ENCODE_THREADS / 8)
 
 template <typename Quantizer>
 static inline constexpr uint scratch_words() {
   return MLX_ROTOR_ENCODE_VECTORS * Quantizer::SCRATCH / 4 + (Quantizer::SCRATCH == 0 ? 1 : 0);
-}
-
-template <typename Means, uint DIM>
-static inline constexpr uint centre_words() {
-  return Means::HELD ? DIM : 1;
 }
 
 // x: [B, H, n, DIM] with strides; tiles: [B, H, ceil(n / 32), TILE_WORDS]; scale: [B, H, 32 ceil(n / 32)], null where the

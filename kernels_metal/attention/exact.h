@@ -12,7 +12,7 @@ struct ExactRows {
   const device T *recent;
   long sink_step, recent_step;
 
-  // Copies `width` coordinates from `first` of 32 tokens from `index` to stage, `room` apart; zeros from `count` on.
+  // Copies `width` coordinates from `first` of 32 tokens from `index` to stage, `room` apart; zeros behind the last.
   inline void stage_rows(
       thread const Tokens &tokens, int index, uint first, uint width, threadgroup T *stage, uint room, uint lane) const thread {
     for (int t = 0; t < MLX_ROTOR_TILE; ++t) {

@@ -20,16 +20,15 @@ from .view import Counts, KVView, Mask, Tokens, causal_mask, expanded, views
 
 
 class RotorCache:
-    """Keys and values of one attention layer, [B, H, offset, D] in token order: sinks, body, ring.
+    """Keys and values of one attention layer, [B, H, held, D] in token order: sinks, body, ring.
 
     Args:
         k, v: codec names.
         sinks: first tokens kept exact.
         ring: recent tokens kept exact, at least; the oldest are packed once there would be more than ring + block.
-        block: the body's length is a multiple of it, so that appends to it need not start inside a tile.
+        block: what is packed brings the body's length to a multiple of it: appends need not start inside a tile.
         centre: take means off before packing, see `Body`.
-        window: recent tokens that a query sees, itself among them, and sinks whatever it is; older ones are dropped.
-            None: all. A layer with a sliding window has no sinks.
+        window: recent tokens that a query sees besides the sinks, itself among them; None: all. Others are dropped.
         fingerprint: of the model it is for; goes into files.
     """
 
@@ -159,7 +158,8 @@ class RotorCache:
 
     def _behind(self, body: int, dtype: mx.Dtype) -> tuple[list[StoredRun], list[mx.array], list[mx.array]]:
         """Sinks and packed tokens: runs, and lazy arrays. The same objects as in the last call where nothing changed
-        and that call's attention has not evaluated them."""
+        and that call's attention has not evaluated them. Before any attention has taken views none are kept: those
+        that a model evaluates hold all tokens expanded."""
         now = (body, dtype, self.counts.fallback)
         if self._views is not None and self._views[0] == now:
             _, runs, k, v = self._views
@@ -172,7 +172,7 @@ class RotorCache:
         k, v = (
             parts[0] if len(parts) == 1 else (mx.concatenate(list(side), axis=2) for side in zip(*parts, strict=True))
         )
-        if body == self.body.length:
+        if body == self.body.length and self.counts.attended:
             self._views = (now, runs, k, v)
         return runs, [k], [v]
 

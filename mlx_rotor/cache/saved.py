@@ -67,10 +67,10 @@ def check(given: Any) -> Saved:
     missing = {"codecs", "fingerprint", "centre", "window", "exact", *NUMBERS} - given.keys()
     _need(not missing, f"it lacks {', '.join(sorted(missing))}")
     names, numbers = given["codecs"], {name: given[name] for name in NUMBERS}
+    _need(_is_list(names, 2) and isinstance(given["fingerprint"], str), "its names are none")
     for name in names:
         if str(name).partition(":")[0] not in codec.names():
             raise RotorError(f"this prompt cache needs codec {name!r}; codecs here: {', '.join(codec.names())}")
-    _need(len(names) == 2 and isinstance(given["fingerprint"], str), "its names are none")
     _need(all(_is_number(x) and x >= 0 for x in numbers.values()), f"its lengths are {numbers}")
     _need(numbers["block"] > 0, "its block is 0")
     window, centre = given["window"], given["centre"]
@@ -79,10 +79,15 @@ def check(given: Any) -> Saved:
     exact = _check_exact(given["exact"], numbers)
     body = Body(names[0], names[1], centre, [])
     segments = given.get("segments", [])
+    _need(_is_list(segments), "its segments are none")
     for i, parts in enumerate(segments):
         segment = _segment(body, parts, exact)
         _need(i == len(segments) - 1 or (segment.length % SPAN == 0 and not segment.open), "its segments don't fit")
         body.segments.append(segment)
+        mean, first = segment.v.mean, body.segments[0].v.mean
+        if mean is not None and first is not None:
+            _need(bool(mx.array_equal(mean, first, equal_nan=True)), "its packed V has several means")
+            segment.v.mean = first
         body.length += segment.length
     if exact[2] is None:
         _need(not body.length, "its recent tokens are missing")
@@ -93,6 +98,10 @@ def check(given: Any) -> Saved:
 
 def _is_number(x: Any, value: int | None = None) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and (value is None or x == value)
+
+
+def _is_list(x: Any, n: int | None = None) -> bool:
+    return isinstance(x, list | tuple) and n in (None, len(x))
 
 
 def _need(fits: bool, otherwise: str) -> None:
@@ -106,7 +115,8 @@ def _length(x: mx.array | None) -> int:
 
 def _check_exact(arrays: Any, numbers: dict[str, int]) -> Sequence[mx.array | None]:
     """Sinks and ring against the numbers."""
-    _need(len(arrays) == 4 and all(x is None or isinstance(x, mx.array) for x in arrays), "its exact tokens are none")
+    fits = _is_list(arrays, 4) and all(x is None or isinstance(x, mx.array) for x in arrays)
+    _need(fits, "its exact tokens are none")
     sink_k, sink_v, ring_k, ring_v = arrays
     _need((ring_k is None) == (ring_v is None) and (sink_k is None) == (sink_v is None), "it has K or V only")
     if ring_k is None or ring_v is None:
@@ -126,7 +136,7 @@ def _check_exact(arrays: Any, numbers: dict[str, int]) -> Sequence[mx.array | No
 
 
 def _segment(body: Body, parts: Any, exact: Sequence[mx.array | None]) -> Segment:
-    _need(isinstance(parts, (list, tuple)) and len(parts) == 8, "a segment of packed tokens is none")
+    _need(_is_list(parts, 8), "a segment of packed tokens is none")
     length, is_open, *arrays = parts
     _need(_is_number(length) and length > 0 and isinstance(is_open, bool), f"a segment has {length} tokens")
     _need(all(x is None or isinstance(x, mx.array) for x in arrays), "packed tokens are none")
@@ -159,7 +169,8 @@ def _side(side: str, name: str, centre: bool, span: int, arrays: Any, length: in
     _need(length <= TILE * room, f"{where} has room for {TILE * room} tokens and holds {length}")
     _need((mean is not None) == (centre and made.scaled), f"{where} lacks its means, or has some")
     if mean is not None:
-        groups = -(-length // span) if span else 1
-        fits = mean.ndim == 4 and mean.shape[2] >= groups and mean.shape == (*lead, mean.shape[2], dim)
+        groups = mean.shape[2] if mean.ndim == 4 else 0
+        enough = groups >= -(-length // span) if span else groups == 1
+        fits = enough and mean.shape == (*lead, groups, dim)
         _need(mean.dtype == mx.float16 and fits, f"{where} has means {mean.dtype} {mean.shape}")
     return Side(name, span if centre else None, dim, tiles, scale, mean)

@@ -127,27 +127,31 @@ class Side:
 
     def copy(self) -> Side:
         """The same tokens, to be written to without changing these."""
-        return replace(self, tiles=_copied(self.tiles), scale=_copied(self.scale), mean=_copied(self.mean))
+        return replace(self, tiles=_copied(self.tiles), scale=_copied(self.scale))  # means are never written to
 
     def part(self, start: int, stop: int) -> Side:
         """A copy of tokens start .. stop in buffers of their own; start is a whole number of tiles and of spans."""
-        assert self.tiles is not None
-        tiles = mx.contiguous(self.tiles[:, :, start // TILE : -(-stop // TILE)])
-        scale = None if self.scale is None else mx.contiguous(self.scale[:, :, start : -(-stop // TILE) * TILE])
-        mean = self.mean
-        if mean is not None and self.span:
-            mean = mx.contiguous(mean[:, :, start // self.span : -(-stop // self.span)])
-        return replace(self, tiles=tiles, scale=scale, mean=mean)
+        tiles, scale, mean = (None if a is None else mx.contiguous(a) for a in self._slices(start, stop))
+        return replace(self, tiles=tiles, scale=scale, mean=mean if self.span else self.mean)
 
     def joined(self, held: int, other: Side, other_held: int) -> Side:
         """These tokens and the other's in one side; `held` is a whole number of tiles and of spans."""
-        a, b = self.part(0, held), other.part(0, other_held)
-        together = [
-            None if x is None or y is None else mx.concatenate([x, y], axis=2)
-            for x, y in zip(a.arrays, b.arrays, strict=True)
-        ]
-        mean = together[2] if self.span else self.mean
-        return replace(self, tiles=together[0], scale=together[1], mean=mean)
+        tiles, scale, mean = (
+            None if a is None or b is None else mx.concatenate([a, b], axis=2)
+            for a, b in zip(self._slices(0, held), other._slices(0, other_held), strict=True)
+        )
+        return replace(self, tiles=tiles, scale=scale, mean=mean if self.span else self.mean)
+
+    def _slices(self, start: int, stop: int) -> list[mx.array | None]:
+        """What `arrays` have of tokens start .. stop: whole tiles, and means of spans."""
+        assert self.tiles is not None
+        end = -(-stop // TILE)
+        scale, mean = self.scale, self.mean
+        if scale is not None:
+            scale = scale[:, :, start : TILE * end]
+        if mean is not None and self.span:
+            mean = mean[:, :, start // self.span : -(-stop // self.span)]
+        return [self.tiles[:, :, start // TILE : end], scale, mean]
 
     def packed(self) -> PackedSide:
         """The buffers as attention reads them; only where something has been appended."""

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.utils
 
 from ..cache import EXACT, RotorCache, Scheme
 from ..errors import RotorError
@@ -17,6 +16,7 @@ from ..host import make_prompt_cache
 from ..host.report import kv_bytes
 from .cache_overhead import new_cache
 from .feed import chunks
+from .subject import dtype_of
 
 KV_HEADS, DIM = 8, 128
 APPENDED = 64
@@ -48,15 +48,6 @@ class Prefill:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"peak_16_bit": self.peak_16_bit}
-
-
-def dtype_of(model: Any) -> str:
-    """What most of a model's parameters are in."""
-    sizes: dict[str, int] = {}
-    parameters: Any = mlx.utils.tree_flatten(model.parameters())
-    for _, p in parameters:
-        sizes[str(p.dtype)] = sizes.get(str(p.dtype), 0) + p.size
-    return max(sizes, key=lambda d: sizes[d]).removeprefix("mlx.core.")
 
 
 def packed_bytes(cache: Sequence[Any]) -> int:

@@ -13,6 +13,7 @@ from ..cache import RotorCache
 from ..cache.sidecar import Sidecar
 from ..codec.fp8 import LARGEST
 from ..errors import RotorError
+from ..host.slots import slots
 from .feed import chunks
 from .subject import Subject
 
@@ -21,7 +22,15 @@ HEADROOM = 1.25
 
 
 def compressed(caches: Sequence[Any]) -> list[int]:
-    """Which of a model's caches a scheme replaces."""
+    """Which of a model's caches a scheme replaces.
+
+    Raises:
+        RotorError: some are parts of a layer's cache: such layers aren't measured.
+    """
+    if any(len(path) > 1 and isinstance(c, RotorCache) for path, c in slots(caches).items()):
+        raise RotorError(
+            "layers of this model keep several caches each: its scheme can't be calibrated, name one by --kv"
+        )
     return [i for i, c in enumerate(caches) if isinstance(c, RotorCache)]
 
 

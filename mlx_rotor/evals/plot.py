@@ -40,10 +40,10 @@ def available() -> None:
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
-    """The rows that have a divergence and packed something, by family and bits."""
+    """The rows that packed something and have a divergence a logarithmic axis can show, by family and bits."""
     found = []
     for row in rows:
-        if row.divergence is None or row.footprint.bits is None:
+        if row.divergence is None or row.footprint.bits is None or row.divergence.mean.value <= 0:
             continue
         families = {_family(side) for layer in row.footprint.codecs for side in layer.split("/")}
         family = families.pop() if len(families) == 1 else "other"
@@ -72,7 +72,9 @@ def quality(report: Report) -> str:
     available()
     drawn = points([r for r in report.rows if r.path == report.basis.reference_path])
     if not drawn:
-        raise RotorError("--plot: no row of the reference model has a compressed KV cache; add one with --kv")
+        raise RotorError(
+            "--plot: no row of the reference model has compressed KV and a divergence above 0; add one with --kv"
+        )
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -104,7 +106,7 @@ def _draw_family(axes: Any, family_points: Sequence[Point], family: str) -> None
     """Symmetric schemes joined by a line, mixed ones as hollow marks with their names."""
     colour, marker = _style(family)
     for mixed in (False, True):
-        part = [p for p in family_points if p.mixed == mixed and p.kl > 0]
+        part = [p for p in family_points if p.mixed == mixed]
         if not part:
             continue
         style: Mapping[str, Any] = {"mfc": "white", "linestyle": "none"} if mixed else {"linewidth": 1.2}

@@ -21,7 +21,7 @@ FORMAT, VERSION = "mlx_rotor evaluation", 1
 class Row:
     """One configuration. `change` (of the perplexity), `divergence` and `greedy` are None for the reference itself.
 
-    `fingerprint` is that of the model's files and parameters.
+    `fingerprint` is that of its files, see `subject.fingerprint`.
     """
 
     label: str

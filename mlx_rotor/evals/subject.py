@@ -64,6 +64,15 @@ def fingerprint(target: Target, kv: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def dtype_of(model: Any) -> str:
+    """What most of a model's parameters are in."""
+    sizes: dict[mx.Dtype, int] = {}
+    parameters: Any = mlx.utils.tree_flatten(model.parameters())
+    for _, p in parameters:
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.size
+    return str(max(sizes, key=lambda d: sizes[d])).removeprefix("mlx.core.")
+
+
 class Subject:
     """A loaded model. Raises RotorError where it can't be loaded."""
 
@@ -80,20 +89,10 @@ class Subject:
         return getattr(getattr(self.model, "args", None), "max_position_embeddings", None)
 
     @cached_property
-    def _parameters(self) -> dict[str, mx.array]:
-        return dict(mlx.utils.tree_flatten(self.model.parameters()))
-
-    @cached_property
-    def quantized(self) -> bool:
-        return any(name.endswith("scales") for name in self._parameters)
-
-    @cached_property
     def weights(self) -> str:
         """In words: `float32`, or `quantized to 2, 3, 8 bits`."""
-        if self.quantized:
+        parameters: Any = mlx.utils.tree_flatten(self.model.parameters())
+        if any(name.endswith("scales") for name, _ in parameters):
             bits = sorted({m.bits for m in self.model.modules() if isinstance(getattr(m, "bits", None), int)})
             return f"quantized to {', '.join(map(str, bits))} bits"
-        sizes: dict[mx.Dtype, int] = {}
-        for p in self._parameters.values():
-            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.size
-        return str(max(sizes, key=lambda d: sizes[d])).removeprefix("mlx.core.")
+        return dtype_of(self.model)

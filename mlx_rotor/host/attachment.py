@@ -41,17 +41,17 @@ def _hook(model: Any) -> Any:
     return getattr(model, "__dict__", {}).get("make_cache")
 
 
-def stock_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
+def stock_cache(model: Any) -> list[Any]:
     """The cache list mlx_lm itself would make for `model`, whatever is attached."""
     hook = _hook(model)
     if not isinstance(hook, _Hook):
-        return list(stock.make_prompt_cache(model, max_kv_size))
+        return list(stock.make_prompt_cache(model))
     if hook.previous is not None:
         return list(hook.previous())
     if hasattr(type(model), "make_cache"):
         return list(type(model).make_cache(model))
     without_hook: Any = SimpleNamespace(layers=model.layers)
-    return list(stock.make_prompt_cache(without_hook, max_kv_size))
+    return list(stock.make_prompt_cache(without_hook))
 
 
 def _scheme(kv: str | Scheme | None, sinks: int | None, ring: int | None, protect_layers: int | None) -> Scheme | None:
@@ -83,7 +83,7 @@ def make_prompt_cache(
     """
     versions.check()
     scheme = _scheme(kv, sinks, ring, protect_layers)
-    caches = stock_cache(model, max_kv_size)
+    caches = stock_cache(model)
     if scheme is None:
         return caches if max_kv_size is None else limited(caches, max_kv_size)
     scheme, this_model = with_own_scales(scheme, model), fingerprint(model)

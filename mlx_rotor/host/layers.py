@@ -27,7 +27,9 @@ def left_exact(cache: Any) -> str:
 
 def limited(caches: list[Any], size: int) -> list[Any]:
     """`caches`, empty, with every KVCache limited to its first and last tokens, `size` in all, as mlx_lm limits them
-    for models that make no caches of their own."""
+    for models that make no caches of their own. Raises RotorError for a size that leaves no room for recent tokens."""
+    if size <= KEEP:
+        raise RotorError(f"--max-kv-size {size}: must be more than the {KEEP} first tokens, which are always kept")
     plain = [path for path, c in slots(caches).items() if type(c) is stock.KVCache]
     return replaced(caches, {path: stock.RotatingKVCache(size, KEEP) for path in plain})
 

@@ -16,7 +16,7 @@ from ..cache import RotorCache, Scheme
 from ..errors import RotorError
 from .attachment import make_prompt_cache, register, stock_cache
 from .fingerprint import fingerprint
-from .layers import compress
+from .layers import SHORTEST_WINDOW, compress, limited
 from .probe import uses
 from .slots import slots
 
@@ -35,6 +35,12 @@ def _checksum(caches: list[Any]) -> str:
     return f"{total:08x}"
 
 
+def written_path(path: str | Path) -> Path:
+    """The file `save_prompt_cache` writes for `path`: with .safetensors at its end."""
+    target = Path(path)
+    return target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
+
+
 def save_prompt_cache(path: str | Path, caches: list[Any], metadata: dict[str, str] | None = None) -> Path:
     """Writes caches as `mlx_lm.models.cache.save_prompt_cache` does, with a checksum, and all of the file or nothing.
 
@@ -43,8 +49,7 @@ def save_prompt_cache(path: str | Path, caches: list[Any], metadata: dict[str, s
     Raises:
         RotorError: the file can't be written.
     """
-    target = Path(path)
-    target = target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
+    target = written_path(path)
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
     try:
         stock.save_prompt_cache(str(temporary), caches, {**(metadata or {}), CHECKSUM: _checksum(caches)})
@@ -87,7 +92,7 @@ def fit_prompt_cache(
     """Caches from a file as `model` uses them under `scheme`: plain ones are compressed, compressed ones must fit.
 
     Raises:
-        RotorError: caches of another model, or compressed to another scheme.
+        RotorError: caches of another model, compressed to another scheme, or of another limit than `max_kv_size`.
     """
     layers = len(stock_cache(model))
     if len(caches) != layers:
@@ -95,9 +100,14 @@ def fit_prompt_cache(
     ours = {at: c for at, c in slots(caches).items() if isinstance(c, RotorCache)}
     if scheme is None:
         if ours:
-            raise RotorError(f"the prompt cache {path} is compressed; leave out --kv exact, or make a plain one")
+            raise RotorError(
+                f"the prompt cache {path} is compressed; --kv exact, --kv-bits and a --max-kv-size below "
+                f"{SHORTEST_WINDOW} are for plain ones: leave them out, or make a plain one"
+            )
+        _same_limit(path, caches, model, max_kv_size)
         return caches
     if not ours:
+        _same_limit(path, caches, model, max_kv_size)
         return compress(caches, scheme, uses(model, stock_cache(model)), fingerprint(model))
     if {c.fingerprint for c in ours.values()} - {"", fingerprint(model)}:
         raise RotorError(f"the prompt cache {path} was made with another model, or other weights; make it again")
@@ -106,9 +116,24 @@ def fit_prompt_cache(
         if _parts(held) != _parts(wanted.get(at)):
             raise RotorError(
                 f"the prompt cache {path} holds layer {at[0]} as {_parts(held)}; {scheme.name} wants "
-                f"{_parts(wanted.get(at))}: ask for the scheme it was made with, or make it again"
+                f"{_parts(wanted.get(at))}: ask for what it was made with (--kv, --kv-sinks, --kv-ring, "
+                "--max-kv-size), or make it again"
             )
     return caches
+
+
+def _same_limit(path: str | Path, caches: list[Any], model: Any, max_kv_size: int | None) -> None:
+    """Plain caches that were made without a limit, or with another, can't be given one."""
+    if max_kv_size is None:
+        return
+    wanted = slots(limited(stock_cache(model), max_kv_size))
+    for at, held in slots(caches).items():
+        limit = getattr(wanted.get(at), "max_size", None)
+        if limit is not None and getattr(held, "max_size", None) != limit:
+            raise RotorError(
+                f"the prompt cache {path} was not made with --max-kv-size {max_kv_size}: leave it out, or make the "
+                "file with it"
+            )
 
 
 def _parts(c: Any) -> str:

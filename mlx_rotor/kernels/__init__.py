@@ -57,17 +57,18 @@ def attend(
     Raises:
         RotorError: if a codec's kernel failed its check on this machine, or for a shape no kernel takes.
     """
-    exact = [run for run in runs if isinstance(run, ExactRun)]
-    bodies = [run for run in runs if isinstance(run, PackedRun) and run.length]
-    how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
-    how |= {"window": window, "kept": kept, "lengths": lengths}
-    if backend() == "reference" or any(side.codec.kernel is None for run in bodies for side in (run.k, run.v)):
+    how: dict[str, Any] = {
+        "scale": scale, "mask": mask, "sinks": sinks, "window": window, "kept": kept, "lengths": lengths,
+    }  # fmt: skip
+    if backend() == "reference":
         return reference.attend(q, runs, **how)
-    if not bodies:
-        return attend_exact(q, exact, **how)
-    for run in bodies:
-        verdicts.refuse("attend", q.dtype, run.k.codec, run.v.codec)
     first, bodies, recent = in_order(runs)
+    if not bodies:
+        return attend_exact(q, [run for run in (first, recent) if run], **how)
+    for run in bodies:
+        if run.k.codec.kernel is None or run.v.codec.kernel is None:
+            return reference.attend(q, runs, **how)
+        verdicts.refuse("attend", q.dtype, run.k.codec, run.v.codec)
     return attend_metal(q, first, bodies, recent, **how)
 
 

@@ -103,13 +103,16 @@ def merge(
         partial, stats, v.inverse, metal.constant(v.back), _NO_LOGITS if logits is None else logits,
         mx.array([heads, queries, sum(splits), partial.shape[3], p.rows], mx.int32),
     ]  # fmt: skip
-    present = [mean for mean in means if mean is not None]
-    centred = bool(present)
-    if centred:
-        if len(means) > 1:
+    mean = next((mean for mean in means if mean is not None), None)
+    centred = mean is not None
+    if mean is not None:
+        ends = list(accumulate(splits))
+        if all(other is mean for other in means):
+            ends = ends[-1:]  # as of one run: the runs of a layer have one mean
+        else:
             no_mean = mx.zeros((batch, p.body.kv_heads, 1, v_dim), mx.float16)
-            present = [mx.concatenate([no_mean if mean is None else mean for mean in means], axis=2)]
-        inputs += [mx.contiguous(present[0]), mx.array(list(accumulate(splits)), mx.int32)]
+            mean = mx.concatenate([no_mean if other is None else other for other in means], axis=2)
+        inputs += [mx.contiguous(mean), mx.array(ends, mx.int32)]
     (out,) = _merge(v, v_dim, logits is not None, centred)(
         inputs=inputs,
         output_shapes=[(batch, heads, queries, v_dim)],

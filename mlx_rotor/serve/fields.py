@@ -34,7 +34,8 @@ class Number:
 
     def __str__(self) -> str:
         what = "an integer" if self.whole else "a number"
-        return f"{what} from {self.low:g} to {self.high:g}"
+        low, high = (str(int(x)) if x == int(x) else f"{x:g}" for x in (self.low, self.high))
+        return f"{what} from {low} to {high}"
 
 
 NUMBERS = {

@@ -95,6 +95,7 @@ def test_copies_without_end_leave_few_segments():
         grow(body, x, 350)
         body = body.copy()
         assert len(body.segments) <= MANY + 1
+        assert all(s.v.mean is body.segments[0].v.mean for s in body.segments)  # attention reads one
     check(body, x)
 
 

@@ -17,16 +17,15 @@ H, G, D = 2, 2, 16
 sdpa = mx.fast.scaled_dot_product_attention
 
 
-def new_cache(window=None):
-    sinks = 0 if window else 2
+def new_cache(window=None, sinks=2):
     return RotorCache("raw32", "raw32", sinks, 8, 4, window=window)
 
 
 class Sequence:
     """A row's tokens at random, and the single cache it is compared with."""
 
-    def __init__(self, seed, window):
-        self.rng, self.alone = np.random.default_rng(seed), new_cache(window)
+    def __init__(self, seed, *window):
+        self.rng, self.alone = np.random.default_rng(seed), new_cache(*window)
 
     def draw(self, n):
         return tuple(self.rng.standard_normal((1, h, n, D)).astype(np.float32) for h in (G * H, H, H))
@@ -83,14 +82,14 @@ JOINS = st.lists(st.lists(st.integers(0, 70), min_size=1, max_size=3), min_size=
 
 
 @settings(max_examples=25)
-@given(JOINS, st.integers(3, 40), st.integers(1, 6), st.data(), st.sampled_from([None, 12, 30]))
+@given(JOINS, st.integers(3, 40), st.integers(1, 6), st.data(), st.sampled_from([(), (12, 0), (30, 2)]))
 def test_rows_that_join_and_leave_attend_as_if_alone(joins, chunk, steps, data, window):
     batch, rows, seed = None, [], 0
     for lengths in joins:
         lengths[0] = lengths[0] or 1
-        new = [Sequence(seed + i, window) for i in range(len(lengths))]
+        new = [Sequence(seed + i, *window) for i in range(len(lengths))]
         seed += len(new)
-        joining = RotorCache.merge([new_cache(window) for _ in new])
+        joining = RotorCache.merge([new_cache(*window) for _ in new])
         prompt(joining, new, lengths, chunk)
         batch = joining if batch is None else (batch.extend(joining), batch)[1]
         rows = rows + new
@@ -107,6 +106,19 @@ def test_rows_that_join_and_leave_attend_as_if_alone(joins, chunk, steps, data, 
         assert own.offset == row.alone.offset
         for got, want in zip(own.keys_and_values(), row.alone.keys_and_values(), strict=True):
             assert mx.abs(got - want).max() < 2e-6
+
+
+@pytest.mark.parametrize("window", [(60, 0), (96, 4)])
+def test_rows_drop_what_no_query_sees_each_at_its_own_time(window):
+    rows = [Sequence(i, *window) for i in range(3)]
+    batch = RotorCache.merge([new_cache(*window) for _ in rows])
+    prompt(batch, rows, [700, 5, 330], 200)
+    for _ in range(40):
+        step(batch, rows, [1] * 3, 1)
+    assert [row.dropped for row in batch.rows] == [row.alone.dropped for row in rows] == [512, 0, 256]
+    assert not batch.is_trimmable() and batch.offset.tolist() == [740, 45, 370]
+    prompt(batch, rows, [3, 290, 1], 150)
+    assert batch.offset.tolist() == [743, 335, 371]
 
 
 def test_what_is_extracted_and_merged_is_independent():

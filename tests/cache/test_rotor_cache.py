@@ -106,6 +106,29 @@ def test_no_exact_copy_of_the_body_outlives_prefill():
     assert mx.get_active_memory() - before <= cache.nbytes
 
 
+def test_views_that_a_model_evaluates_are_not_kept():
+    k, v = tokens(4001, d=128)
+    cache = RotorCache("turbo4", "turbo2")
+    feed(cache, k[:, :, :4000], v[:, :, :4000], [4000])
+    mx.eval(cache.state)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.eval(cache.update_and_fetch(k[:, :, 4000:], v[:, :, 4000:]), cache.state)
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < k.nbytes / 10
+
+
+def test_views_are_the_same_from_step_to_step_where_attention_takes_them():
+    k, v = tokens(400, d=64)
+    cache, q = RotorCache("turbo4", "turbo2"), mx.ones((B, H, 1, 64))
+    runs = []
+    for n in (300, 1, 1, 1):
+        view, _ = feed(cache, k, v, [n])
+        mx.eval(view.rotor.attend(q, 0.1))
+        runs.append(view.rotor.runs)
+    assert len(runs[3]) == 3 and all(a is b for a, b in zip(runs[2][:2], runs[3][:2], strict=True))
+
+
 @pytest.mark.parametrize("n", [1, 30, 140, 250, 299, 300, 999])
 def test_trim_forgets_the_last(n):
     k, v = tokens(400)

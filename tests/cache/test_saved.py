@@ -1,5 +1,7 @@
 """States from files: another format or parts that don't fit are refused, with the part's name."""
 
+import copy
+
 import mlx.core as mx
 import pytest
 
@@ -51,6 +53,8 @@ LENGTH, OPEN, TILES_K, SCALE_K, MEAN_K, TILES_V, SCALE_V, MEAN_V = range(8)
         (packed(SCALE_K, lambda x: None), "packed K lacks its scales"),
         (packed(MEAN_K, lambda x: None), "packed K lacks its means"),
         (packed(MEAN_V, lambda x: x[..., :3]), "packed V has means"),
+        (packed(MEAN_V, lambda x: mx.concatenate([x, x], axis=2)), "packed V has means"),
+        (packed(MEAN_K, lambda x: x[:, :, :0]), "packed K has means"),
         (packed(LENGTH, lambda x: 1000), "holds 1000"),
         (packed(LENGTH, lambda x: -1), "-1 tokens"),
         (packed(OPEN, lambda x: 1), "segment has"),
@@ -64,6 +68,9 @@ LENGTH, OPEN, TILES_K, SCALE_K, MEAN_K, TILES_V, SCALE_V, MEAN_V = range(8)
         (put("ring_length", 1.5), "lengths"),
         (put("window", 0), "window is 0"),
         (put("centre", 1), "means"),
+        (put("codecs", 4), "names are none"),
+        (put("exact", 4), "exact tokens are none"),
+        (put("segments", 4), "segments are none"),
         (put("codecs", ["turbo5", "turbo3"]), "turbo5"),
         (put("codecs", ["turbo3", "turbo3"]), "no tiles of turbo3"),
         (lambda s: s.pop("dropped"), "lacks dropped"),
@@ -77,4 +84,18 @@ def test_a_damaged_state_is_refused_and_says_where(change, says):
     assert RotorCache.from_state(state).offset == 150
     change(state)
     with pytest.raises(RotorError, match=says):
+        RotorCache.from_state(state)
+
+
+def test_segments_that_are_loaded_share_the_mean_of_v():
+    cache = RotorCache("turbo4", "turbo3", 0, 8, 2)
+    for _ in range(2):
+        cache.append(mx.random.normal((1, 2, 300, 64)), mx.random.normal((1, 2, 300, 64)))
+        cache = copy.deepcopy(cache)
+    state = cache.state
+    state["segments"][1][MEAN_V] = mx.array(state["segments"][0][MEAN_V])
+    means = [s.v.mean for s in RotorCache.from_state(state).body.segments]
+    assert len(means) == 3 and all(mean is means[0] for mean in means)
+    state["segments"][1][MEAN_V] += 1
+    with pytest.raises(RotorError, match="packed V has several means"):
         RotorCache.from_state(state)

@@ -18,7 +18,9 @@ def test_a_stock_prefix_hit_copies_the_cache():
 def test_a_compressed_prefix_hit_adds_the_ring_and_one_segment_whatever_the_length(name):
     short, long = (prefix_hit(parse(name), n) for n in (1024, 4096))
     assert long.held > 2.4 * short.held, "the body grows"
-    assert long.added == short.added < 0.6 * short.held + long.ring
+    # What an array takes beside its numbers differs by some bytes.
+    assert abs(long.added - short.added) < 4096
+    assert long.added < 0.6 * short.held + long.ring
     assert long.added < 3 * long.ring
 
 

@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import cache as stock
 
 from mlx_rotor import evaluate
 from mlx_rotor.cache import RotorCache, sidecar
@@ -136,6 +137,9 @@ def test_what_cannot_be_searched(subject, windows):
         search(chunk=96).solve(3, "x", {})
     with pytest.raises(RotorError, match=r"--target-bits 2: the narrowest candidates take 2\.156 bits"):
         search().solve(2, "x", {})
+    with pytest.raises(RotorError, match="--window 16: nothing of so few tokens is packed"):
+        Search(subject, windows[:, :16], 8, ["turbo2"], pytest.fail).solve(3, "x", {})
+    assert Search(subject, windows, 32, ["turbo4", "turbo2"], pytest.fail).narrowest() == pytest.approx(2.15625)
 
 
 def test_a_bar_ends_full(subject, windows):
@@ -211,10 +215,12 @@ def test_bits_from_the_command_line(checkpoints, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--calibrate-kv", "x.txt"], "x.txt: must be a file that can be written and ends in .json"),
-        (["--kv-calibrate", "/nowhere/x.json"], "/nowhere/x.json: must be"),
+        (["--calibrate-kv", "x.txt"], "--calibrate-kv x.txt: a scheme's file must end in .json"),
+        (["--kv-calibrate", "/nowhere/x.json"], "--kv-calibrate /nowhere/x.json: can't write a file there"),
         (["--kv-calibrate", "x.json", "--calibrate-kv", "y.json"], "write one file each"),
         (["--kv-calibrate", "x.json", "--kv", "turbo2", "--thorough"], "--kv, --thorough: not of use in calibrating"),
+        (["--calibrate-kv", "x.json", "--needles", "0", "--kv-ring", "0"], "--needles, --kv-ring: not of use in"),
+        (["--kv-calibrate", "x.json", "--target-bits", "nan"], "--target-bits nan: must be a number above 0"),
         (["--kv-calibrate", "x.json", "--model", "a", "--model", "b"], "calibrated for one --model"),
         (["--calibrate-kv", "x.json", "--target-bits", "3"], "are for --kv-calibrate"),
         (["--candidates", "turbo2"], "are for --kv-calibrate"),
@@ -226,6 +232,11 @@ def test_mistakes_are_one_line(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(evaluate.main, arguments) == 1
     assert says in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_layers_of_several_caches_are_refused():
+    with pytest.raises(RotorError, match="several caches each"):
+        kv_maxima.compressed([stock.CacheList(RotorCache("turbo4", "turbo4"), stock.KVCache())])
 
 
 def test_presets():

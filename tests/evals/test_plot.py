@@ -98,8 +98,8 @@ def test_the_same_report_is_the_same_file(tmp_path):
 
 def test_nothing_to_draw():
     pytest.importorskip("matplotlib")
-    with pytest.raises(RotorError, match="no row of the reference model has a compressed KV cache"):
-        plot.quality(report(ROWS[0], ROWS[-1]))
+    with pytest.raises(RotorError, match="no row of the reference model has compressed KV and a divergence above 0"):
+        plot.quality(report(ROWS[0], ROWS[-1], row("affine8", 8.5, 0.0)))
 
 
 def test_without_matplotlib(monkeypatch):

@@ -20,6 +20,7 @@ from kernel_cases import (
     problem,
     running,
 )
+from metal_sim import Options
 from mlx_rotor import RotorError
 from mlx_rotor.kernels import attention, reference
 
@@ -94,6 +95,17 @@ def test_packed_runs_have_means_of_their_own(queries):
     agree(q, [runs[0], bare, *runs[2:]])
     if queries == DECODE:  # more runs than MLX passes ends of in constant memory
         agree(*problem(length=(32,) * 9, span=0, centred=True, queries=queries, kv_heads=1))
+
+
+@needs_simulator
+def test_a_mean_that_runs_share_is_read_once():
+    q, (sinks, first, second, recent) = problem(length=(70, 33), span=32, centred=True, kv_heads=1)
+    runs = [sinks, first, replace(second, v=replace(second.v, mean=first.v.mean)), recent]
+    agree(q, runs)
+    with running(Options(mode="count")) as simulator:
+        attend_runs(q, runs, scale=1.0)
+    rows = q.shape[1] * q.shape[2]
+    assert simulator.reports[-1][1].buffers["mean"].loaded == rows * q.shape[3] * 2
 
 
 @needs_simulator

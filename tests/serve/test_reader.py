@@ -56,6 +56,13 @@ def test_bytes_are_read_or_refused(raw):
         OpenAI(None).read("chat", raw)
 
 
+def test_numbers_are_told_in_full():
+    with pytest.raises(Refusal, match="max_tokens must be an integer from 1 to 2147483647, not 0"):
+        read(max_tokens=0)
+    with pytest.raises(Refusal, match=r"xtc_threshold must be a number from 0 to 0\.5, not 2"):
+        read(xtc_threshold=2)
+
+
 def test_half_a_character_is_refused():
     with pytest.raises(Refusal, match="surrogate"):
         OpenAI(str(MODEL)).read("text", rb'{"prompt": "a", "stop": ["\ud800"]}')
