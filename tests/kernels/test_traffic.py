@@ -91,7 +91,6 @@ def test_the_command(capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--tokens", "0"], "whole numbers"),
         (["--heads", "12"], "multiple of 8"),
         (["--schemes", "exact"], "nothing is packed"),
     ],
