@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..errors import RotorError
 from ..kernels import ExactRun
 from .rotor import RotorCache
-from .view import KVView, Mask, Tokens, causal_mask, views
+from .view import KVView, Mask, Tokens, causal, causal_mask, views
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,8 @@ class RaggedBatch:
             return self.rows[0].make_mask(n, return_array, window_size)
         first = self.rows[0]
         left = mx.array([max(past) - p for p in past])[:, None, None, None]
-        queries, columns = mx.arange(max(past), max(past) + n)[:, None], mx.arange(max(past) + n)[None]
-        mask = (queries >= columns) & (columns >= left)
-        windows = [w for w in (first.window, window_size) if w is not None]
-        if n > 1 and first.window is not None and max(windows) > first.window:
-            # A wider window of the model's own, see RotorCache.make_mask.
-            near = (queries < columns + max(windows)) & (columns > max(past) - first.window)
-            return mask & (near | (columns < left + first.sinks))
-        if windows:
-            near = queries < columns + min(windows)
-            mask = mask & (near if first.window is None else near | (columns < left + first.sinks))
-        if windows and min(windows) != first.window:
-            return mask
-        return causal_mask(mask, first.window)
+        mask, own = causal(max(past), n, first.window, window_size, first.sinks, left)
+        return causal_mask(mask, first.window) if own else mask
 
     # ------------------------------------------------------------ prompts of unequal length
     def prepare(

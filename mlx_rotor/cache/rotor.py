@@ -16,7 +16,7 @@ from ..kernels import ExactRun, StoredRun
 from . import saved
 from .body import SPAN, Body
 from .ring import Ring
-from .view import Counts, KVView, Mask, Tokens, causal_mask, expanded, views
+from .view import Counts, KVView, Mask, Tokens, causal, causal_mask, expanded, views
 
 
 class RotorCache:
@@ -204,19 +204,8 @@ class RotorCache:
         whole = self.window is None or self.held + n - self.sinks <= self.window
         if whole and window_size is None and (n == 1 or not return_array):
             return None if n == 1 else "causal"
-        rows = mx.arange(self.held, self.held + n)[:, None]
-        columns = mx.arange(self.held + n)[None]
-        mask = rows >= columns
-        windows = [w for w in (self.window, window_size) if w is not None]
-        if not windows:
-            return mask
-        if n > 1 and self.window is not None and max(windows) > self.window:
-            # A wider window of the model's own: as in mlx_lm, over a chunk and the past that one of this width holds.
-            near = (rows < columns + max(windows)) & (columns > self.held - self.window)
-            return mask & (near | (columns < self.sinks))
-        near = rows < columns + min(windows)
-        mask = mask & (near if self.window is None else near | (columns < self.sinks))
-        return causal_mask(mask, self.window) if min(windows) == self.window else mask
+        mask, own = causal(self.held, n, self.window, window_size, self.sinks)
+        return causal_mask(mask, self.window) if own and self.window is not None else mask
 
     # ------------------------------------------------------------ length and copies
     def size(self) -> int:

@@ -47,6 +47,35 @@ def causal_mask(mask: mx.array, window: int | None) -> CausalMask:
     return made
 
 
+def causal(
+    past: int, n: int, window: int | None, asked: int | None, sinks: int, left: mx.array | None = None
+) -> tuple[mx.array, bool]:
+    """What n new tokens behind `past` columns see, bool [n, past + n] or, with `left`, [B, 1, n, past + n].
+
+    Args:
+        window: the cache's own; asked: the model's, for this mask.
+        sinks: first tokens, which a cache with a window shows whatever it is.
+        left: [B, 1, 1, 1], columns in front of a row's first token; None: no rows.
+
+    Returns:
+        The mask, and whether it is what the cache's own window says, no more and no less.
+    """
+    queries, columns = mx.arange(past, past + n)[:, None], mx.arange(past + n)[None]
+    first: int | mx.array = sinks
+    mask = queries >= columns
+    if left is not None:
+        mask, first = mask & (columns >= left), left + sinks
+    windows = [w for w in (window, asked) if w is not None]
+    if n > 1 and window is not None and max(windows) > window:
+        # A wider window of the model's own: as in mlx_lm, over a chunk and the past that one of this width holds.
+        near = (queries < columns + max(windows)) & (columns > past - window)
+        return mask & (near | (columns < first)), False
+    if windows:
+        near = queries < columns + min(windows)
+        mask = mask & (near if window is None else near | (columns < first))
+    return mask, not windows or min(windows) == window
+
+
 class Handle(Protocol):
     """The tokens behind a pair of views."""
 
