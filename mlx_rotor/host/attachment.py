@@ -16,6 +16,7 @@ from . import attention, probe, versions
 from .fingerprint import fingerprint
 from .kv_scales import with_own_scales
 from .layers import check_limit, compress, limited
+from .notes import note, noted
 from .slots import slots
 
 
@@ -38,7 +39,7 @@ class _Hook:
 
 def _hook(model: Any) -> Any:
     """The `make_cache` set on this very instance, ours or another's, or None."""
-    return getattr(model, "__dict__", {}).get("make_cache")
+    return noted(model, "make_cache")
 
 
 def stock_cache(model: Any) -> list[Any]:
@@ -124,8 +125,7 @@ def attach(
         make_prompt_cache(model, scheme)
     before = _hook(model)
     hook = _Hook(model, scheme, before.previous if isinstance(before, _Hook) else before)
-    # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.
-    object.__setattr__(model, "make_cache", hook)
+    note(model, "make_cache", hook)
     return model
 
 
@@ -135,7 +135,7 @@ def detach(model: Any) -> Any:
     if isinstance(hook, _Hook):
         object.__delattr__(model, "make_cache")
         if hook.previous is not None:
-            object.__setattr__(model, "make_cache", hook.previous)
+            note(model, "make_cache", hook.previous)
     return model
 
 

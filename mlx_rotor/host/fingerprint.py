@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .notes import note, noted
+
 READ, SMALL = 8, 1 << 16
 
 
@@ -18,7 +20,7 @@ def fingerprint(model: Any) -> str:
     Parameters' types don't count: a model cast to run on another device is the same model. Adapters do. Computed once
     for a model.
     """
-    known: str | None = getattr(model, "__dict__", {}).get("_rotor_fingerprint")
+    known: str | None = noted(model, "_rotor_fingerprint")
     if known:
         return known
     parameters: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])  # type: ignore[arg-type]
@@ -29,6 +31,5 @@ def fingerprint(model: Any) -> str:
     # The first and the last: norms of layers far apart.
     for value in [*small[: READ // 2], *small[-READ // 2 :]]:
         digest.update(np.array(value.astype(mx.float32)).tobytes())
-    # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.
-    object.__setattr__(model, "_rotor_fingerprint", digest.hexdigest()[:16])
+    note(model, "_rotor_fingerprint", digest.hexdigest()[:16])
     return digest.hexdigest()[:16]

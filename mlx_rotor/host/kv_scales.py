@@ -20,6 +20,7 @@ from .. import codec
 from ..cache import Scheme, sidecar
 from ..cache.sidecar import Sidecar
 from ..errors import RotorError
+from .notes import note, noted
 
 FILE = "kv_scheme.json"
 # compressed-tensors keeps a KV scale at attention or at its projections' output; a value is its code times the scale.
@@ -48,8 +49,7 @@ def scheme(folder: str | Path) -> Sidecar | None:
 
 def came_from(model: Any, folder: str | Path) -> None:
     """Remembers the folder that `model` was loaded from, where its scales are read when they are asked for."""
-    # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.
-    object.__setattr__(model, "_rotor_own_scheme", cache(partial(scheme, folder)))
+    note(model, "_rotor_own_scheme", cache(partial(scheme, folder)))
 
 
 def with_own_scales(wanted: Scheme, model: Any) -> Scheme:
@@ -58,7 +58,7 @@ def with_own_scales(wanted: Scheme, model: Any) -> Scheme:
     Raises:
         RotorError: see `scheme`; scales for another number of layers than the model has are one of `Scheme.codecs`.
     """
-    own = getattr(model, "__dict__", {}).get("_rotor_own_scheme")
+    own = noted(model, "_rotor_own_scheme")
     if own is None or wanted.layers is not None or (wanted.k, wanted.v) != ("fp8", "fp8"):
         return wanted
     found: Sidecar | None = own()

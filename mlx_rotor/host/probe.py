@@ -17,6 +17,7 @@ from mlx_lm.models import cache as stock
 from ..cache.view import KVView, Mask, views
 from ..errors import RotorError
 from . import attention
+from .notes import note, noted
 from .slots import Path, replaced, slots
 
 FUSED = "fused"
@@ -98,11 +99,11 @@ def uses(model: Any, caches: Sequence[Any]) -> dict[Path, str]:
     watched = {path: w for path, c in slots(caches).items() if (w := _watched(c)) is not None}
     kinds = tuple((path, type(w).__name__) for path, w in watched.items())
     with _lock:
-        known = getattr(model, "__dict__", {}).get("_rotor_uses", {})
+        known: dict[Any, dict[Path, str]] = noted(model, "_rotor_uses") or {}
         if kinds not in known:
-            # Straight into the instance: nn.Module's own attribute setting would keep it among the parameters.
-            object.__setattr__(model, "_rotor_uses", {**known, kinds: _run(model, caches, watched)})
-        return dict(model.__dict__["_rotor_uses"][kinds])
+            known = {**known, kinds: _run(model, caches, watched)}
+            note(model, "_rotor_uses", known)
+        return dict(known[kinds])
 
 
 def _run(model: Any, caches: Sequence[Any], watched: dict[Path, Any]) -> dict[Path, str]:
