@@ -44,7 +44,7 @@ def dequantize_metal(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -
     )
     (out,) = made(
         inputs=[
-            side.tiles, *scale, spec.inverse, mx.array(spec.back, mx.float32), mx.array([start, stop], mx.int32),
+            side.tiles, *scale, spec.inverse, metal.constant(spec.back), mx.array([start, stop], mx.int32),
             *means.inputs(side.mean, 0, side.span),
         ],
         output_shapes=[shape],

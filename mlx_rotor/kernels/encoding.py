@@ -48,7 +48,7 @@ def encode_metal(
 """,
     )
     arrays = made(
-        inputs=[x, spec.table, mx.array(spec.root, mx.float32), *means.inputs(mean, first, span)],
+        inputs=[x, spec.table, metal.constant(spec.root), *means.inputs(mean, first, span)],
         output_shapes=[(b, h, count, codec.tile_words), *([(b, h, count * TILE)] if codec.scaled else [])],
         output_dtypes=[mx.uint32, *([mx.float16] if codec.scaled else [])],
         grid=(THREADS * -(-count // TILES), h, b),

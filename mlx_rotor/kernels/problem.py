@@ -30,7 +30,6 @@ class Problem:
     q: mx.array
     body: Ready
     rows: int
-    body_splits: int
     splits: int
     mask_kind: int
     inputs: dict[str, mx.array]
@@ -113,7 +112,7 @@ def problem(
         "recent_k": _row(last.k, q), "recent_v": _row(last.v, q),
         "mask": mask_array, "lengths": lengths, "sizes": mx.array(sizes, mx.int32),
     }  # fmt: skip
-    return Problem(q, ready, group * queries, splits, splits + exact_splits, kind, inputs)
+    return Problem(q, ready, group * queries, splits + exact_splits, kind, inputs)
 
 
 def _empty(q: mx.array, body: Ready) -> ExactRun:

@@ -20,7 +20,7 @@ def rotate_metal(
     factor: float | mx.array = 1.0,
     dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """x [B, H, n, D], rotated as queries are or turned back, times `factor`, in `dtype`, the same shape.
+    """x [B, H, n, D], rotated as queries are or turned back, times `factor`, a float32, in `dtype`, the same shape.
 
     Args:
         order: a quantizer: elements then stand where it puts them (`position` of its Metal type). None: as they are.
@@ -43,7 +43,8 @@ def rotate_metal(
     )
     (out,) = made(
         inputs=[
-            x, spec.inverse if inverse else spec.table, mx.array(spec.back, mx.float32), mx.array(factor, mx.float32),
+            x, spec.inverse if inverse else spec.table, metal.constant(spec.back),
+            factor if isinstance(factor, mx.array) else metal.constant(factor),
         ],
         output_shapes=[x.shape],
         output_dtypes=[dtype],
