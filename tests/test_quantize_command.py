@@ -76,11 +76,11 @@ def test_the_bundled_model_is_the_default(tmp_path, capsys):
 
 def test_json_prints_one_object_and_nothing_else(tmp_path, capfd):
     out = tmp_path / "out"
-    assert run("--out", out, "--policy", "uniform-3bit", "--fit", "minmax", "--shard-size", "2MB", "--json") == 0
+    assert run("--out", out, "--policy", "uniform-3bit", "--fit", "fast", "--shard-size", "2MB", "--json") == 0
     printed = capfd.readouterr()
     facts = json.loads(printed.out)
     assert printed.err == ""
-    assert facts["policy"] == "uniform-3bit" and facts["fit"] == "minmax" and facts["out"] == str(out)
+    assert facts["policy"] == "uniform-3bit" and facts["fit"] == "fast" and facts["out"] == str(out)
     assert facts["files"] == sorted(p.name for p in out.glob("*.safetensors")) and len(facts["files"]) > 1
     assert facts["source_bytes"] > 2 * facts["bytes"] and facts["seconds"] > 0
     assert 0.15 < facts["relative_error"]["expert.up"] < 0.25 and facts["relative_error"]["router"] == 0
@@ -89,7 +89,7 @@ def test_json_prints_one_object_and_nothing_else(tmp_path, capfd):
 def test_a_policy_file_of_ones_own(tmp_path, capsys):
     mine = tmp_path / "mine.toml"
     mine.write_text('[[rule]]\nroles = ["expert.*"]\nbits = 5\n[[rule]]\nroles = ["*"]\nkeep = true\n')
-    assert run("--out", tmp_path / "out", "--policy", mine, "--fit", "minmax", "--json") == 0
+    assert run("--out", tmp_path / "out", "--policy", mine, "--fit", "fast", "--json") == 0
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert section == {"group_size": 64, "bits": 5, "mode": "affine"}
     assert json.loads(capsys.readouterr().out)["policy"] == "mine"
@@ -188,7 +188,7 @@ TOML = '[[rule]]\nroles = ["{}"]\nbits = 4\n'
 def test_bad_input_is_one_line_and_leaves_nothing(broken, tmp_path, capsys, harm, policy, message):
     harm(broken)
     out = tmp_path / "out"
-    options = ["--fit", "minmax"]
+    options = ["--fit", "fast"]
     if policy.startswith("[["):
         (tmp_path / "p.toml").write_text(policy)
         options += ["--policy", tmp_path / "p.toml"]

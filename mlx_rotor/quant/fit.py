@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..errors import RotorError
 from .policy import Spec
 
-FITS = ("search", "minmax")
+FITS = ("fast", "search")
 
 # How far towards the mean the lower and the upper end of the grid are tried, as fractions of the group's range: the
 # fewer codes, the more it pays to clip. Both ends move on their own, as a group of 64 is seldom symmetric.
@@ -43,7 +43,7 @@ class Fitted:
 
 
 def fit(w: mx.array, spec: Spec, method: str = "search") -> Fitted:
-    """Quantizes weights [.., K] to `spec`; method `search` (least squares) or `minmax` (mx.quantize, unchanged).
+    """Quantizes weights [.., K] to `spec`; method `search` (least squares) or `fast` (mx.quantize, unchanged).
 
     `w` is worked on in float32, CHUNK weights at a time. Evaluates what it returns.
 
@@ -58,7 +58,7 @@ def fit(w: mx.array, spec: Spec, method: str = "search") -> Fitted:
     rows = w.reshape(-1, k)
     parts: list[Sequence[mx.array]] = []
     for chunk in _chunks(rows):
-        if method == "minmax":
+        if method == "fast":
             parts.append(mx.quantize(chunk.astype(mx.bfloat16), spec.group_size, spec.bits))
         else:
             parts.append(_search(chunk.astype(mx.float32), spec))

@@ -36,7 +36,8 @@ class Entry:
     """One weight of the model: for experts the stack of a layer's projection, read from one source an expert.
 
     `module`: its path in mlx_lm's module tree. `shape`: of the weight itself, experts first. `spec` None: kept.
-    `outputs`: packed weight, scales, biases; or the one kept tensor.
+    `outputs`: packed weight, scales, biases; or the one kept tensor. `fit`: the policy's own, empty where it leaves
+    the choice to the job.
     """
 
     module: str
@@ -46,6 +47,12 @@ class Entry:
     spec: Spec | None
     sources: tuple[str, ...]
     outputs: tuple[Output, ...]
+    fit: str = ""
+
+    @property
+    def parts(self) -> int:
+        """How many pieces it is read in: its experts, or one."""
+        return len(self.sources)
 
     @property
     def parameters(self) -> int:

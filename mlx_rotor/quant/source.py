@@ -133,7 +133,16 @@ class Checkpoint:
             if info.dtype not in allowed:
                 raise RotorError(f"{self.folder}: {name} has dtype {info.dtype}, which can't be quantized from")
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
+    def read(self, entry: Entry, part: int = 0, start: int = 0, stop: int | None = None) -> mx.array:
+        """Rows [start, stop) of one of an entry's parts (`part`: the expert) as float32, shape `entry.source_shape`
+        but for the rows; of FP8, `start` must begin a block.
+
+        Raises:
+            RotorError: the tensor holds values that are not finite, or the file can't be read.
+        """
+        return self.rows(entry.sources[part], start, stop)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         """Rows [start, stop) of a tensor as float32; of FP8, `start` must begin a block.
 
         Raises:

@@ -22,9 +22,9 @@ DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) of one source tensor, and the number of the output's first row they become."""
+    """Rows [start, stop) of one of an entry's parts, and the number of the output's first row they become."""
 
-    source: str
+    part: int
     start: int
     stop: int
     row: int
@@ -34,9 +34,9 @@ def pieces(entry: Entry, block_rows: int) -> Iterator[Piece]:
     """The entry's rows in order, at most PIECE weights each (or one row of blocks), cut where FP8 blocks begin."""
     rows, cols = entry.source_shape[0], prod(entry.source_shape[1:])
     step = max(1, PIECE // (cols * block_rows)) * block_rows
-    for number, source in enumerate(entry.sources):
+    for part in range(entry.parts):
         for start in range(0, rows, step):
-            yield Piece(source, start, min(start + step, rows), number * rows + start)
+            yield Piece(part, start, min(start + step, rows), part * rows + start)
 
 
 def shards(plan: Plan, limit: int) -> list[list[Entry]]:
@@ -65,7 +65,7 @@ def write_entry(
     """
     error = norm = 0.0
     for piece in pieces(entry, checkpoint.block[0]):
-        w = checkpoint.read(piece.source, piece.start, piece.stop)
+        w = checkpoint.read(entry, piece.part, piece.start, piece.stop)
         if entry.spec is None:
             stored = [w.astype(DTYPES[entry.outputs[0].dtype])]
             sums = (sum_of_squares(stored[0] - w), sum_of_squares(w))
@@ -73,12 +73,13 @@ def write_entry(
             fitted = fit(w, entry.spec, method)
             stored = [fitted.weight, fitted.scales, fitted.biases]
             sums = squared_error(w, fitted, entry.spec)
+        source = entry.sources[piece.part]
         if not np.isfinite(sums).all():
-            raise RotorError(f"{piece.source}: weights are too large to be stored; the source checkpoint is damaged")
+            raise RotorError(f"{source}: weights are too large to be stored; the source checkpoint is damaged")
         error, norm = error + sums[0], norm + sums[1]
         for output, values in zip(entry.outputs, stored, strict=True):
             writer.write(output.name, piece.row * _row_bytes(output, entry), _bytes(values))
-        info = checkpoint.tensors[piece.source]
+        info = checkpoint.tensors[source]
         advance(info.nbytes * (piece.stop - piece.start) // info.shape[0])
     return error, norm
 

@@ -28,10 +28,10 @@ def test_weights_are_read_as_float32_whole_and_by_rows(checkpoint, truth, fp8):
     found = opened(folder)
     for name, (_, values) in tensors.items():
         if not name.endswith("_scale_inv"):
-            np.testing.assert_array_equal(np.array(found.read(name)), truth(tensors, name), err_msg=name)
+            np.testing.assert_array_equal(np.array(found.rows(name)), truth(tensors, name), err_msg=name)
             assert found.tensors[name].nbytes == values.nbytes
     down = "model.layers.1.block_sparse_moe.experts.2.w2.weight"  # 192 rows: one and a half blocks
-    np.testing.assert_array_equal(np.array(found.read(down, 128, 192)), truth(tensors, down)[128:])
+    np.testing.assert_array_equal(np.array(found.rows(down, 128, 192)), truth(tensors, down)[128:])
 
 
 def test_the_bundled_model_is_read(truth):
@@ -44,13 +44,13 @@ def test_the_bundled_model_is_read(truth):
         scale = np.array(file.get_tensor(f"{name}_scale_inv"))
     raw = np.frombuffer(found.tensors[name].read(), np.uint8).reshape(found.tensors[name].shape)
     tensors = {name: ("F8_E4M3", raw), f"{name}_scale_inv": ("F32", scale)}
-    np.testing.assert_array_equal(np.array(found.read(name)), truth(tensors, name))
+    np.testing.assert_array_equal(np.array(found.rows(name)), truth(tensors, name))
 
 
 def test_float16_is_read(checkpoint):
     halves = np.linspace(-2, 2, 192).astype(np.float16)
     folder, _ = checkpoint(alter=lambda t: t.update({"model.norm.weight": ("F16", halves)}))
-    np.testing.assert_array_equal(np.array(opened(folder).read("model.norm.weight")), halves.astype(np.float32))
+    np.testing.assert_array_equal(np.array(opened(folder).rows("model.norm.weight")), halves.astype(np.float32))
 
 
 def test_a_folder_without_an_index_is_read(checkpoint):
@@ -145,8 +145,8 @@ def test_values_that_are_not_finite_name_their_tensor(checkpoint):
     folder, _ = checkpoint(alter=alter)
     found = opened(folder)
     with pytest.raises(RotorError, match=f"{name}: holds NaN or infinite values"):
-        found.read(name)
-    found.read(name, 6)
+        found.rows(name)
+    found.rows(name, 6)
 
 
 def test_companions_are_what_a_reader_needs(tmp_path):

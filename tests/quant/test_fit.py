@@ -65,9 +65,7 @@ def test_the_codes_are_the_nearest_for_the_rounded_scale(bits):
 def test_no_group_is_worse_than_with_mx_quantize(bits, group_size, offset):
     spec = Spec(bits, group_size)
     w = mx.array(np.random.default_rng(2).standard_t(4, (64, 256)).astype(np.float32)) + offset
-    errors = [
-        mx.square(decode(fit(w, spec, m), spec) - w).reshape(-1, group_size).sum(-1) for m in ("search", "minmax")
-    ]
+    errors = [mx.square(decode(fit(w, spec, m), spec) - w).reshape(-1, group_size).sum(-1) for m in ("search", "fast")]
     assert np.all(np.array(errors[0]) <= np.array(errors[1]) * 1.00001 + 1e-9)
 
 
@@ -77,14 +75,14 @@ def test_no_group_is_worse_than_with_mx_quantize(bits, group_size, offset):
 def test_gaussian_weights_reach_the_error_of_an_exhaustive_fit(bits, plain, target):
     spec = Spec(bits, 64)
     w = mx.random.normal((1024, 512), key=mx.random.key(3))
-    nmse = {m: np.divide(*squared_error(w, fit(w, spec, m), spec)) for m in ("search", "minmax")}
-    assert nmse["minmax"] == pytest.approx(plain, rel=0.02)
+    nmse = {m: np.divide(*squared_error(w, fit(w, spec, m), spec)) for m in ("search", "fast")}
+    assert nmse["fast"] == pytest.approx(plain, rel=0.02)
     assert nmse["search"] <= target * 1.005
 
 
-def test_minmax_is_mx_quantize():
+def test_fast_is_mx_quantize():
     w = mx.random.normal((32, 128), key=mx.random.key(4))
-    found = fit(w, Spec(3, 64), "minmax")
+    found = fit(w, Spec(3, 64), "fast")
     for mine, theirs in zip(
         (found.weight, found.scales, found.biases), mx.quantize(w.astype(mx.bfloat16), 64, 3), strict=True
     ):
@@ -127,5 +125,5 @@ def test_work_is_bounded_by_the_chunk(monkeypatch):
 def test_bad_calls_say_what_is_wrong():
     with pytest.raises(RotorError, match="group_size 64 does not divide 96"):
         fit(mx.zeros((4, 96)), Spec(4, 64))
-    with pytest.raises(RotorError, match="unknown fit 'best'; fits: search, minmax"):
+    with pytest.raises(RotorError, match="unknown fit 'best'; fits: fast, search"):
         fit(mx.zeros((4, 64)), Spec(4, 64), "best")
