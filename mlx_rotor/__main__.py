@@ -9,10 +9,10 @@ COMMANDS = {
     "generate": "generate text through a compressed KV cache",
     "server": "an OpenAI-compatible server whose models run through compressed KV caches",
     "cache_prompt": "keep a prompt's compressed KV cache in a file",
-    "quantize": "turn a checkpoint into MLX safetensors under a policy of bits by role and layer",
+    "quantize": "turn a checkpoint into MLX safetensors, bits by policy or for a size; check one; write its card",
     "evaluate": "what compression cost: perplexity, KL divergence, needle retrieval",
     "doctor": "versions, device, backends and why; on a Mac, checks and times every kernel",
-    "benchmark": "kernels: bytes they move and a model of their time, beside MLX's own",
+    "benchmark": "parts measured: kernels, codecs, caches; weight fits, quantize jobs, policies",
     "demo": "quantize the bundled model, run it through a compressed KV cache, show saving and cost",
 }
 

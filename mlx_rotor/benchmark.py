@@ -1,4 +1,4 @@
-"""`python -m mlx_rotor.benchmark`: parts measured: kernels (counted in the simulator), codecs, the cache."""
+"""`python -m mlx_rotor.benchmark`: parts measured: kernels, codecs, the cache, fits, jobs, policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from . import codec
+from . import benchmark_weights, codec
 from .cache import DEFAULT, EXACT, scheme
 from .command import run
 from .demo import held_out_text
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--chunk", type=_positive, default=512, help="prompt tokens fed at a time (512)")
     m.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
     m.set_defaults(measure=_cache)
+    benchmark_weights.add(parts)
     return p
 
 

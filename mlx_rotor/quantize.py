@@ -1,140 +1,214 @@
-"""`python -m mlx_rotor.quantize`: a checkpoint to MLX safetensors under a policy of bits by role and layer."""
+"""`python -m mlx_rotor.quantize`: a checkpoint to MLX safetensors, its bits by a policy or for a size; and its card."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from . import demo
 from .command import run
 from .errors import RotorError
+from .memory.room import Room, missing
+from .quant import check, upload
 from .quant import policy as policies
-from .quant.fit import FITS
-from .quant.job import SHARD_BYTES, Progress, Result, dry_run, quantize
-from .quant.plan import Plan, amount
+from .quant.budget import TooSmall, report
+from .quant.job import Result, dry_run, finished, quantize
+from .quant.job.manifest import PROVENANCE, digest
+from .quant.job.workplace import check_disk, check_out, occupied
+from .quant.plan import Plan
+from .quant.recipe import Recipe
+from .quant.source import locate
+from .quantize_options import BASELINES, check_mode, parser, recipe
+from .quantize_output import facts, plan_table, result_lines
+from .quantize_progress import Bars
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+if TYPE_CHECKING:
+    from .evals.domains import Domain
 
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="mlx_rotor quantize", description=__doc__.split(": ", 1)[1])
-    p.add_argument(
-        "--model", default=str(demo.MODEL), help="checkpoint folder or Hugging Face repository (bundled model)"
-    )
-    p.add_argument("--out", help="folder to make; needed unless --dry-run")
-    p.add_argument("--policy", default="config-i", help=f"{', '.join(policies.shipped())}, or a TOML file (config-i)")
-    p.add_argument("--fit", choices=FITS, default="search", help="least-squares search, or MLX's own min-max (search)")
-    p.add_argument("--shard-size", type=_size, default=SHARD_BYTES, help="largest weight file, e.g. 4GB, 500MB (4GB)")
-    p.add_argument("--dry-run", action="store_true", help="print the sizes; needs only config.json")
-    p.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
-    return p
+REPORTED = ("config-i", "jang-k", "rotor-86", "rotor-79", "rotor-70")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    policy = policies.load(args.policy)
+    check_mode(args)
+    if args.check is not None:
+        return _check(args)
+    asked, room = recipe(args)
+    asked.check_files(measuring=not args.dry_run)
+    plan, source_bytes = _planned(args, asked, room)
+    if room is not None and not args.json:
+        print(room.text())
     if args.dry_run:
-        plan, source_bytes = dry_run(args.model, policy)
-        if args.json:
-            print(json.dumps(_facts(args, plan, source_bytes), indent=2))
-        else:
-            _print_plan(plan, source_bytes)
+        if args.out:
+            _check_place(args, plan)
+        _dry_run(args, asked, plan, source_bytes)
         return 0
-    if not args.out:
-        raise RotorError("--out DIR says where to write; --dry-run only prints the sizes")
-    with tqdm(unit="B", unit_scale=True, disable=True if args.json else None, dynamic_ncols=True) as bar:
-        result = quantize(
-            args.model, args.out, policy, fit=args.fit, shard_bytes=args.shard_size, progress=progress_on(bar)
-        )
+    done = _finished(args, asked, plan)
+    if done is None:
+        _check_place(args, plan)
+    texts, baselines = _card_inputs(args, plan) if args.card else ((), [])
+    repo = args.upload_repo or ""
+    if repo:
+        upload.reserve(repo)
+
+    with Bars(args.json) as bars:
+        result = done or _job(args, asked, bars)
+        evaluation = _evaluated(args, asked, result, texts, baselines, bars) if args.card else None
+        made = json.loads((args.out / PROVENANCE).read_text(encoding="utf-8"))
+        if args.card or repo:
+            _write_card(args, evaluation, repo)
+        if repo:
+            bars.phase(f"uploading to {repo}")
+        url = upload.upload(args.out, repo) if repo else ""
     if args.json:
-        facts = _facts(args, result.plan, result.source_bytes)
-        extra = {"out": str(result.out), "fit": args.fit, "files": list(result.files)}
-        print(json.dumps(facts | extra | {"seconds": result.seconds, "relative_error": result.errors}, indent=2))
-    else:
-        _print_plan(result.plan, result.source_bytes)
-        _print_result(result)
+        told = facts(args.model, result.plan, result.source_bytes)
+        told |= {"out": str(result.out), "fit": asked.fit, "files": list(result.files), "resumed": result.resumed}
+        told |= {"seconds": result.seconds, "relative_error": result.errors, "budget": made["budget"]}
+        told |= {"calibration": made["calibration"], "evaluation": evaluation.to_dict() if evaluation else None}
+        bars.result(told | {"url": url})
+        return 0
+    if done is None:
+        print(plan_table(result.plan, result.source_bytes))
+        print(result_lines(result, made["calibration"] or {}))
+    if args.card:
+        print(f"card    {args.out / 'README.md'}")
+    if url:
+        print(f"online  {url}")
     return 0
 
 
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB, 500MB or 2GiB")
-    return size
+def _check(args: argparse.Namespace) -> int:
+    found = check.check(args.check)
+    print(json.dumps(check.facts(args.check, found), indent=2) if args.json else check.text(args.check, found))
+    return check.status(found)
 
 
-def progress_on(bar: tqdm) -> Progress:
-    """A job's progress on a bar of bytes."""
-
-    def update(module: str, done: int, total: int) -> None:
-        bar.total = total
-        bar.set_description(module.removeprefix("model."), refresh=False)
-        bar.update(done - bar.n)
-
-    return update
-
-
-def _facts(args: argparse.Namespace, plan: Plan, source_bytes: int | None) -> dict[str, Any]:
-    return {
-        "model": args.model,
-        "policy": plan.policy.name,
-        "policy_sha256": plan.policy.digest,
-        "layers": plan.layers,
-        "parameters": plan.parameters,
-        "source_bytes": source_bytes,
-        "bytes": plan.nbytes,
-        "gb": plan.nbytes / 1e9,
-        "gib": plan.nbytes / 2**30,
-        "bits_per_weight": plan.bits_per_weight,
-        "rows": [
-            {
-                "role": row.role,
-                "layers": row.layers,
-                "count": row.count,
-                "bits": row.spec.bits if row.spec else None,
-                "group_size": row.spec.group_size if row.spec else None,
-                "dtype": row.dtype,
-                "parameters": row.parameters,
-                "bytes": row.nbytes,
-            }
-            for row in plan.rows()
-        ],
-    }
+def _planned(args: argparse.Namespace, asked: Recipe, room: Room | None) -> tuple[Plan, int | None]:
+    """The plan as it is known before any work: sensitivities that are yet to be measured are the prior's."""
+    try:
+        return dry_run(args.model, asked.plan())
+    except TooSmall as e:
+        if room is None:
+            raise
+        raise RotorError(f"{e}. {missing(room, e.least)}") from e
 
 
-def _print_plan(plan: Plan, source_bytes: int | None) -> None:
-    rows = plan.rows()
-    wide = max(len("layers"), *(len(row.layers) for row in rows))
-    print(f"policy {plan.policy.name}: {plan.policy.description}\n" if plan.policy.description else "", end="")
-    print(f"{'role':<12} {'layers':<{wide}} {'count':>6} {'bits':>5} {'group':>6} {'weights':>16} {'bytes':>16}  share")
-    for row in rows:
-        bits, group = (row.spec.bits, row.spec.group_size) if row.spec else (row.dtype.lower(), "")
-        print(
-            f"{row.role:<12} {row.layers:<{wide}} {row.count:>6} {bits:>5} {group:>6} {row.parameters:>16,}"
-            f" {row.nbytes:>16,} {row.nbytes / plan.nbytes:>6.1%}"
+def _check_place(args: argparse.Namespace, plan: Plan) -> None:
+    check_out(args.out, args.resume)
+    check_disk(args.out, plan.nbytes - occupied(args.out.glob("*.safetensors*")))
+
+
+def _finished(args: argparse.Namespace, asked: Recipe, plan: Plan) -> Result | None:
+    """The checkpoint in --out where there is one by these flags, and a card or an upload is what is missing."""
+    if not (args.resume and (args.card or args.upload_repo)):
+        return None
+    done = finished(args.model, args.out, plan, asked.fit, guided=asked.guided)
+    if done is not None and args.card:
+        plan, _ = dry_run(locate(args.model), asked.plan())  # of a repository, with the dtypes its headers have
+        done = replace(done, plan=plan)
+    return done
+
+
+def _job(args: argparse.Namespace, asked: Recipe, bars: Bars) -> Result:
+    return quantize(
+        args.model,
+        args.out,
+        asked.plan(args.model, bars.steps),
+        fit=asked.fit,
+        guide=asked.guide(bars.steps),
+        shard_bytes=args.shard_size,
+        workers=args.workers,
+        resume=args.resume,
+        stream_source=args.stream_source,
+        progress=bars.event,
+    )
+
+
+def _dry_run(args: argparse.Namespace, asked: Recipe, plan: Plan, source_bytes: int | None) -> None:
+    rows, left_out = [], []
+    for name in REPORTED if args.report else ():
+        other = replace(asked, policy=policies.load(name), budget=None, sensitivities=None)
+        try:
+            made, _ = dry_run(args.model, other.plan())
+        except RotorError as e:
+            left_out.append(f"{name}: {str(e).partition(';')[0]}")
+        else:
+            rows.append(report.summarise(name, made, fit=asked.fit, shard_bytes=asked.shard_bytes))
+    if args.report:
+        rows.append(report.summarise("asked for", plan, fit=asked.fit, shard_bytes=asked.shard_bytes))
+    if args.json:
+        told = {"report": [row.facts() for row in rows], "left_out": left_out}
+        print(json.dumps(facts(args.model, plan, source_bytes) | told, indent=2))
+        return
+    print(plan_table(plan, source_bytes))
+    if rows:
+        print(f"\n{report.table(rows)}\n\nerror: relative squared error of Gaussian weights, mean over experts")
+        print("".join(f"left out: {line}\n" for line in left_out), end="")
+
+
+def _card_inputs(args: argparse.Namespace, plan: Plan) -> tuple[tuple[Domain, ...], list[Plan]]:
+    """The card's texts, and the plans it compares with; read and tried before hours of work.
+
+    Raises:
+        RotorError: a text or a policy that was asked for is no good for this model.
+    """
+    from .evals.domains import domains
+    from .evals.streamed import check
+
+    texts = domains(args.text or ())
+    source = locate(args.model)
+    check(source, texts)
+    plans = []
+    for name in args.baseline or BASELINES:
+        if name == "none":
+            continue
+        try:
+            other, _ = dry_run(source, policies.load(name))
+        except RotorError as e:
+            if args.baseline:
+                raise RotorError(f"--baseline {name}: {e}") from e
+            print(f"not in the card: {name} ({e})", file=sys.stderr)
+            continue
+        if digest(other) != digest(plan):
+            plans.append(other)
+        elif args.baseline:
+            raise RotorError(f"--baseline {name}: that is what is made; leave it out, or compare with another policy")
+    return texts, plans
+
+
+def _evaluated(
+    args: argparse.Namespace,
+    asked: Recipe,
+    result: Result,
+    texts: Sequence[Domain],
+    baselines: Sequence[Plan],
+    bars: Bars,
+) -> Any:
+    from .evals.evaluation import compared, evaluate
+    from .evals.streamed import Streamed
+
+    source = locate(args.model)
+    fit, guided = asked.fit, asked.guided
+    with Streamed(source, texts, progress=lambda what, *n: bars.steps(f"card: running {what}", *n)) as streamed:
+        others = compared(
+            streamed,
+            baselines,
+            fit=fit,
+            guide=asked.guide(bars.steps),
+            folder=args.out.absolute().parent,
+            progress=lambda what: bars.phase(f"card: {what}"),
         )
-    print(f"{'total':<12} {'':<{wide}} {'':>6} {'':>5} {'':>6} {plan.parameters:>16,} {plan.nbytes:>16,}\n")
-    if source_bytes is not None:
-        print(f"source  {amount(source_bytes, plan.parameters)}")
-    print(f"output  {plan.total()}")
+        return evaluate(streamed, args.out, result.plan, fit=fit, calibrated=guided, others=others)
 
 
-def _print_result(result: Result) -> None:
-    worst = ", ".join(f"{role} {error:.2%}" for role, error in result.errors.items() if error)
-    print(f"saved   {1 - result.plan.nbytes / result.source_bytes:.1%} of the source's bytes")
-    print(f"error   |w - stored| / |w| by role: {worst or 'none'}")
-    files = f"{len(result.files)} weight file{'s' * (len(result.files) > 1)}"
-    print(f"took    {result.seconds:.1f} s, {files} in {result.out}")
-    out = shlex.quote(str(result.out))
-    print(f'\nnext    mlx_lm.generate --model {out} --prompt "Hello"')
-    print(f'        python -m mlx_rotor.generate --model {out} --prompt "Hello"')
+def _write_card(args: argparse.Namespace, evaluation: Any, repo: str) -> None:
+    from .evals import card
+
+    source = locate(args.model, config_only=True)
+    card.write(args.out, card.card_of(args.out, evaluation, name=repo, source=source))
 
 
 if __name__ == "__main__":

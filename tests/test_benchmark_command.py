@@ -1,11 +1,13 @@
 """`python -m mlx_rotor.benchmark codecs` and `cache` as a user runs them; `kernels` is tested with the simulator."""
 
 import json
+from functools import partial
 
 import pytest
 
 from mlx_rotor import benchmark, codec
 from mlx_rotor.command import run
+from mlx_rotor.evals import fit_cost
 
 
 def test_codecs_as_a_table(capsys):
@@ -44,9 +46,29 @@ def test_cache_as_json_without_a_model(capsys):
     assert {"ratio", "ratio_a_node", "launches"} <= set(data["overhead"][0])
 
 
+def test_weight_fits(capsys, monkeypatch):
+    few = {"specs": fit_cost.SPECS[:1]}
+    monkeypatch.setattr(fit_cost, "measure", partial(fit_cost.measure, shape=(64, 256), rounds=1, **few))
+    monkeypatch.setattr(fit_cost, "measure_layers", partial(fit_cost.measure_layers, shape=(32, 128), **few))
+    assert run(benchmark.main, ["fit", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["fit"] for row in data["fits"]] == ["fast", "search", "best"] and data["layers"]
+    assert run(benchmark.main, ["fit"]) == 0
+    assert "fits of normal weights" in capsys.readouterr().out
+
+
+def test_a_quantize_job_on_a_small_layer(tmp_path, capsys):
+    arguments = ["quantize", "--dimensions", "small", "--where", str(tmp_path), "--workers", "1"]
+    assert run(benchmark.main, arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("run ") and "job, fast, 1 worker" in out and "small dimensions" in out
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["quantize", "--fits", "slow"], "--fits slow: there is fast, search, best"),
         (["codecs", "--codecs", "turbo3,huge7"], "--codecs huge7: there is"),
         (["codecs", "--vectors", "0"], "must be at least 1"),
         (["codecs", "--codecs", "affine4", "--dim", "80"], "80"),

@@ -1,6 +1,7 @@
 """Every script a user may copy runs as it stands."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +25,17 @@ def test_script(name, tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "%" in done.stdout or "KL" in done.stdout
+    if name == "quantize_demo.py":
+        assert (tmp_path / "out" / "config.json").exists() and "config-i: 8.214 MB" in done.stdout
+        assert re.search(r"^rotor-70: 3\.\d+ MB is too small", done.stdout, re.M), "solved for, not a silent start"
+        assert re.search(r"^mine: \d\.\d{3} MB = .* bits a weight, in \d", done.stdout, re.M)
 
 
 def test_the_trainers_fp8_is_what_the_quantizer_reads(monkeypatch):
     torch = pytest.importorskip("torch", reason="the [train] extra is not installed")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import export_demo
-    from mlx_rotor.quant import fp8
+    from mlx_rotor.quant.source import fp8
 
     w = torch.randn(200, 300) * 0.04
     codes, scale = export_demo.fp8_blocks(w)

@@ -103,14 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RotorError(f"--prompt-tokens must be between {MIN_PROMPT} and {MAX_PROMPT}")
     if args.max_tokens < 1:
         raise RotorError("--max-tokens must be 1 or more")
-    from tqdm import tqdm
-
     from ..evals.compare import compare
     from ..evals.size import Size
     from ..host import load
     from ..quant import policy
     from ..quant.job import quantize
-    from ..quantize import progress_on
+    from ..quantize_progress import Bars
 
     if parse(args.kv) is None:
         raise RotorError(f"--kv {EXACT} compresses nothing: there is nothing to show")
@@ -119,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with _folder(args.out) as out:
         say(f"1. Quantize the bundled MiniMax-M2 (FP8, {_size(MODEL) / 1e6:.2f} MB) with policy {args.policy}")
-        with tqdm(unit="B", unit_scale=True, disable=None if show else True, leave=False) as bar:
-            result = quantize(MODEL, out, policy.load(args.policy), progress=progress_on(bar))
+        with Bars() as bars:
+            result = quantize(MODEL, out, policy.load(args.policy), progress=bars.event if show else None)
         plan = result.plan
         say(
             f"   {result.source_bytes / 1e6:.2f} MB -> {plan.nbytes / 1e6:.2f} MB, "

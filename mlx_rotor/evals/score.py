@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .spool import Spool
 from .stats import Tally
 
 Advance = Callable[[int], Any]
+Predictions = Iterable[tuple[np.ndarray, np.ndarray]]  # (log-probabilities [n, vocab], the tokens that came [n])
 REPLY_GUESS = 48  # tokens a reply counts for in the progress bar
 
 
@@ -45,9 +46,16 @@ def predictions(model: Any, caches: Caches, sample: Sample, chunk: int) -> Itera
 
 def read_reference(model: Any, caches: Caches, sample: Sample, chunk: int, spool: Spool, advance: Advance) -> Reference:
     """Runs windows and prompts and keeps what every other configuration is compared with."""
+    nll, top = keep(predictions(model, caches, sample, chunk), sample, spool, advance)
+    said = greedy.continuations(model, caches.new_rows, sample.prompts, chunk, advance)
+    return Reference(nll, top, spool, said)
+
+
+def keep(predicted: Predictions, sample: Sample, spool: Spool, advance: Advance) -> tuple[np.ndarray, np.ndarray]:
+    """Losses in nats and likeliest tokens, both [windows, window]; whole distributions go to `spool`."""
     nll: list[np.ndarray] = []
     top: list[np.ndarray] = []
-    for logp, came in predictions(model, caches, sample, chunk):
+    for logp, came in predicted:
         if not nll:
             spool.reserve(window_tokens(sample), logp.shape[1])
         spool.append(logp)
@@ -55,12 +63,18 @@ def read_reference(model: Any, caches: Caches, sample: Sample, chunk: int, spool
         top.append(logp.argmax(axis=1))
         advance(len(logp))
     shape = (len(sample.windows), -1)
-    said = greedy.continuations(model, caches.new_rows, sample.prompts, chunk, advance)
-    return Reference(np.concatenate(nll).reshape(shape), np.concatenate(top).reshape(shape), spool, said)
+    return np.concatenate(nll).reshape(shape), np.concatenate(top).reshape(shape)
 
 
 def compare_windows(
     model: Any, caches: Caches, sample: Sample, chunk: int, reference: Reference, advance: Advance
+) -> tuple[np.ndarray, Divergence]:
+    """As `compare_predictions`, of a model's predictions through its caches."""
+    return compare_predictions(predictions(model, caches, sample, chunk), reference, advance)
+
+
+def compare_predictions(
+    predicted: Predictions, reference: Reference, advance: Advance
 ) -> tuple[np.ndarray, Divergence]:
     """Losses in nats [windows, window] and the divergence from the reference on the same tokens.
 
@@ -72,7 +86,7 @@ def compare_windows(
     agrees: list[np.ndarray] = []
     at = 0
     tops = reference.top.reshape(-1)
-    for logp, came in predictions(model, caches, sample, chunk):
+    for logp, came in predicted:
         end = at + len(logp)
         if logp.shape[1] != reference.spool.vocab:
             raise RotorError(

@@ -87,11 +87,12 @@ def _watched(cache: Any) -> _Watch | None:
     return None
 
 
-def uses(model: Any, caches: Sequence[Any]) -> dict[Path, str]:
+def uses(model: Any, caches: Sequence[Any], *, lazily: bool = False) -> dict[Path, str]:
     """FUSED, or why not, for every KVCache and RotatingKVCache of `model`; remembered on the model.
 
     Args:
         caches: what mlx_lm would make for it, empty. The others among them are used up.
+        lazily: compute nothing, for a model without weights; what can only go wrong in computing does not show.
 
     Raises:
         RotorError: the model can't run.
@@ -101,18 +102,20 @@ def uses(model: Any, caches: Sequence[Any]) -> dict[Path, str]:
     with _lock:
         known: dict[Any, dict[Path, str]] = noted(model, "_rotor_uses") or {}
         if kinds not in known:
-            known = {**known, kinds: _run(model, caches, watched)}
+            known = {**known, kinds: _run(model, caches, watched, lazily)}
             note(model, "_rotor_uses", known)
         return dict(known[kinds])
 
 
-def _run(model: Any, caches: Sequence[Any], watched: dict[Path, Any]) -> dict[Path, str]:
+def _run(model: Any, caches: Sequence[Any], watched: dict[Path, Any], lazily: bool) -> dict[Path, str]:
     """A prompt of two tokens and a step of one."""
     full = replaced(caches, watched)
     attention.install()
     try:
         for tokens in ([0, 1], [0]):
-            mx.eval(model(mx.array([tokens]), cache=full))
+            out = model(mx.array([tokens]), cache=full)
+            if not lazily:
+                mx.eval(out)
     except (ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise RotorError(f"{type(model).__module__} does not run on two tokens and its own caches: {e}") from e
     found = {path: w.use() for path, w in watched.items()}

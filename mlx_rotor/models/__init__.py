@@ -1,6 +1,6 @@
-"""Facts about architectures, one file a model: which tensors a checkpoint holds, what each is for, and its shape.
+"""Facts about architectures, one file a naming family: what each parameter is for, and where checkpoints keep it.
 
-A new model is one new file here that defines `ARCHITECTURE`; nothing else needs to know it exists.
+A new family is one new file here that defines `ARCHITECTURE`; nothing else needs to know it exists.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import cache
 from typing import Any
 
 from ..errors import RotorError
-from .architecture import Architecture, Tensor
+from .architecture import Architecture, Fused, Tensor, pattern
 
-__all__ = ["Architecture", "Tensor", "lookup", "supported"]
+__all__ = ["Architecture", "Fused", "Tensor", "lookup", "pattern", "supported"]
 
 
 @cache
@@ -28,12 +28,12 @@ def _registry() -> dict[str, Architecture]:
 
 
 def supported() -> list[str]:
-    """Every `model_type` that has a file here, sorted."""
+    """Every `model_type` that has a family here, sorted."""
     return sorted(_registry())
 
 
 def lookup(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a checkpoint's config.json names in `model_type`; RotorError lists the supported ones."""
+    """The family that a checkpoint's config.json names in `model_type`; RotorError lists the supported ones."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _registry():
         raise RotorError(f"unsupported model_type {model_type!r} in config.json; supported: {', '.join(supported())}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -26,6 +26,9 @@ class Statistics(Protocol):
     def hessian(self, entry: Entry, part: int) -> mx.array | None:
         """[K, K]: mean outer product of the inputs, blended likewise; None where there is too little to go by."""
 
+    def inputs(self, entry: Entry) -> str:
+        """A name for what the parts of an entry take: all that is known of entries with the same name is the same."""
+
 
 class Guide(Protocol):
     """Hands a job what it fits each layer with. `digest` changes with everything that changes the result."""
@@ -33,20 +36,31 @@ class Guide(Protocol):
     @property
     def digest(self) -> str: ...
 
+    @property
+    def disk(self) -> int:
+        """Bytes that its work files may still take, at most."""
+
     def layer(self, number: int | None, entries: Sequence[Entry]) -> tuple[Weights, Statistics | None]:
         """For the entries of a layer (None: the unlayered ones of one end of the model), in file order of the plan.
 
         A resumed job asks only for layers with something left to do. Valid until the next call.
         """
 
+    def describe(self) -> dict[str, Any]:
+        """For the output's metadata: where the statistics are from. The same for a job that was resumed."""
+
 
 class Unguided:
     """No calibration: the weights as they are."""
 
     digest = ""
+    disk = 0
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
 
     def layer(self, number: int | None, entries: Sequence[Entry]) -> tuple[Weights, Statistics | None]:
         return self.weights, None
+
+    def describe(self) -> dict[str, Any]:
+        return {}

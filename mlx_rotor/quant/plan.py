@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from .. import models
 from ..errors import RotorError
-from .policy import GROUP_SIZES, Policy, Spec
+from .inventory import inventory, listed
+from .placement import Layout
+from .policy import BITS, GROUP_SIZES, Policy, Spec
+from .roles import kept_unasked
 from .safetensors_io import ITEMSIZE
-
-FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class Entry:
     """One weight of the model: for experts the stack of a layer's projection, read from one source an expert.
 
     `module`: its path in mlx_lm's module tree. `shape`: of the weight itself, experts first. `spec` None: kept.
-    `outputs`: packed weight, scales, biases; or the one kept tensor. `fit`: the policy's own, empty where it leaves
-    the choice to the job.
+    `sources`: the checkpoint's tensors, one a part; parts that share a tensor repeat its name. `outputs`: packed
+    weight, scales, and biases in mode affine; or the one kept tensor. `fit`: the policy's own, empty where it leaves
+    the choice to the job. `name`: of the parameter, empty if it is the module's weight. `kept`: safetensors dtype it
+    has unquantized. `layout`: how the parts lie in the sources, None if each is a tensor as it is. `stacked`: the
+    first dimension of `shape` counts the parts.
     """
 
     module: str
@@ -48,11 +52,19 @@ class Entry:
     sources: tuple[str, ...]
     outputs: tuple[Output, ...]
     fit: str = ""
+    name: str = ""
+    kept: str = "BF16"
+    layout: Layout | None = None
+    stacked: bool = False
 
     @property
     def parts(self) -> int:
         """How many pieces it is read in: its experts, or one."""
         return len(self.sources)
+
+    def source(self, part: int) -> str:
+        """What to call a part in an error: its tensor in the source, and the expert where experts share that."""
+        return f"{self.sources[part]}, expert {part}" if len(set(self.sources)) < self.parts else self.sources[part]
 
     @property
     def parameters(self) -> int:
@@ -64,8 +76,21 @@ class Entry:
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Shape of each of `sources`."""
-        return self.shape[1:] if len(self.shape) == 3 else self.shape
+        """Shape of each part as it is read: [rows, K], or [n] of a vector."""
+        return self.shape[1:] if self.stacked or self.parts > 1 else self.shape
+
+    def stored(self, spec: Spec | None) -> Entry:
+        """This entry under another spec (None: kept), its outputs as MLX names and shapes them."""
+        outputs: tuple[Output, ...]
+        if spec is None:
+            outputs = (Output(self.name or f"{self.module}.weight", self.kept, self.shape),)
+        else:
+            lead, columns = self.shape[:-1], self.shape[-1]
+            groups = (*lead, columns // spec.group_size)
+            dtype, kinds = ("BF16", ("scales", "biases")) if spec.mode == "affine" else ("U8", ("scales",))
+            packed = Output(f"{self.module}.weight", "U32", (*lead, columns * spec.bits // 32))
+            outputs = (packed, *(Output(f"{self.module}.{kind}", dtype, groups) for kind in kinds))
+        return replace(self, spec=spec, outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -82,12 +107,79 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Solved:
+    """What a plan's bits were solved for: a size of all weight files, headers included, by sensitivities of a source
+    with a sha256."""
+
+    nbytes: int
+    sensitivities: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """`entries` in file order, layer by layer."""
+    """`entries` in file order, layer by layer. `drop`: regular expressions of source tensors that nothing reads, with
+    at most `extra` layers after the last. `packable`: modules that mlx_lm has a quantized form of. `solved`: None
+    where the bits are the policy's rules."""
 
     policy: Policy
     layers: int
     entries: tuple[Entry, ...]
+    drop: tuple[str, ...] = ()
+    extra: int = 0
+    packable: frozenset[str] = frozenset()
+    solved: Solved | None = None
+
+    def drops(self, name: str) -> bool:
+        """Whether a source tensor is known to be of no use: what mlx_lm leaves out, layers that predict ahead."""
+        for pattern in self.drop:
+            if match := re.fullmatch(pattern, name):
+                beyond = match.groupdict().get("beyond")
+                if beyond is None or 0 <= int(beyond) - self.layers < self.extra:
+                    return True
+        return False
+
+    def with_specs(self, specs: Mapping[str, Spec | None]) -> Plan:
+        """This plan with other specs (None: kept) for some modules; `fit` and everything else as the policy says.
+
+        Raises:
+            RotorError: an unknown module, or a spec that it can't have: see `check`.
+        """
+        unknown = sorted(specs.keys() - {entry.module for entry in self.entries})
+        if unknown:
+            raise RotorError(f"the model has no {listed(unknown)}")
+        entries = []
+        for entry in self.entries:
+            spec = specs.get(entry.module, entry.spec)
+            if spec != entry.spec:
+                self.check(entry, spec)
+                entry = entry.stored(spec)
+            entries.append(entry)
+        return replace(self, entries=tuple(entries))
+
+    def options(self, entry: Entry) -> tuple[Spec, ...]:
+        """The affine specs an entry may have, fewest bytes first: bits not below the policy's floor for its role,
+        group sizes that divide its rows. None for what is never quantized, and for what the policy keeps."""
+        if entry.spec is None:
+            return ()
+        floor, columns = self.policy.floors.get(entry.role, 0), entry.shape[-1]
+        found = [Spec(b, g) for b in BITS if b >= floor for g in GROUP_SIZES if columns % g == 0]
+        return tuple(sorted(found, key=lambda spec: (spec.bits + 32 / spec.group_size, spec.bits)))
+
+    def check(self, entry: Entry, spec: Spec | None) -> None:
+        """RotorError if an entry can't have a spec: a role that is kept, no quantized form in mlx_lm, a group size
+        that doesn't divide, bits below the policy's floor. None, its source's precision, is always possible."""
+        if spec is None:
+            return
+        where, floor = f"policy {self.policy.name}: {entry.module}", self.policy.floors.get(entry.role, 0)
+        if entry.spec is None and kept_unasked(entry.role):
+            raise RotorError(f"{where}: role {entry.role!r} is not quantized")
+        if entry.module not in self.packable:
+            raise RotorError(f"{where}: mlx_lm has no quantized form of it")
+        if entry.shape[-1] % spec.group_size:
+            raise RotorError(f"{where}: group_size {spec.group_size} does not divide its {entry.shape[-1]} columns")
+        if spec.bits < floor:
+            raise RotorError(f"{where}: {spec.bits} bits are below the policy's floor of {floor} for {entry.role}")
 
     @cached_property
     def nbytes(self) -> int:
@@ -152,62 +244,43 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def make_plan(config: Mapping[str, Any], policy: Policy, dtypes: Mapping[str, str] | None = None) -> Plan:
-    """The plan for a checkpoint with this config.json under `policy`.
+    """The plan for a checkpoint with this config.json under the rules of `policy`; a budget of it is not solved for
+    here, but by `budget.planned`.
 
     `dtypes`: source tensor name -> safetensors dtype, from the headers where there are any. Without them kept
     tensors are taken to have the config's dtype (bf16 if it has none).
 
     Raises:
-        RotorError: unsupported model, a role no rule covers, a group size that doesn't divide a dimension.
+        RotorError: a model without names here, parameters or roles that nothing covers, a group size that doesn't
+            divide a dimension.
     """
-    arch = models.lookup(config)
-    dims = arch.dims(config)
-    stated = str(config.get("torch_dtype") or config.get("dtype"))
-    default = FLOATS.get(stated.removeprefix("torch."), "BF16")
-    present = [t for t in arch.tensors if not t.when or dims[t.when]]
-    first = next(i for i, t in enumerate(present) if t.layered)
-    placed: list[tuple[models.Tensor, int | None]] = [(t, None) for t in present[:first]]
-    placed += [(t, layer) for layer in range(dims["layers"]) for t in present if t.layered]
-    placed += [(t, None) for t in present[first:] if not t.layered]
-    entries = tuple(_entry(t, layer, dims, policy, dtypes or {}, default) for t, layer in placed)
-    return Plan(policy, dims["layers"], entries)
-
-
-def _entry(
-    tensor: models.Tensor,
-    layer: int | None,
-    dims: Mapping[str, int],
-    policy: Policy,
-    dtypes: Mapping[str, str],
-    default: str,
-) -> Entry:
-    name = tensor.name.format(layer=layer)
-    module = name.removesuffix(".weight")
-    shape = tuple(dims[d] for d in tensor.shape)
-    pattern = tensor.source or tensor.name
-    experts = range(shape[0] if tensor.stacked else 1)
-    sources = tuple(pattern.format(layer=layer, expert=e) for e in experts)
-    spec = policy.spec(tensor.role, layer, dims["layers"])
-    if spec is None:
-        # Only the router keeps its own dtype: it runs in float32, while any other float32 or float16 tensor would
-        # promote bf16 activations.
-        source = dtypes.get(sources[0], default)
-        kept = source if tensor.role == "router" and source in FLOATS.values() else "BF16"
-        outputs: tuple[Output, ...] = (Output(name, tensor.dtype or kept, shape),)
-    else:
-        if shape[-1] % spec.group_size:
-            fits = [str(g) for g in GROUP_SIZES if shape[-1] % g == 0] or ["none of MLX's"]
-            raise RotorError(
-                f"policy {policy.name}: group_size {spec.group_size} does not divide the {shape[-1]} input"
-                f" dimensions of {name}; would fit: {', '.join(fits)}"
-            )
-        packed, groups = shape[-1] * spec.bits // 32, shape[-1] // spec.group_size
-        outputs = (
-            Output(f"{module}.weight", "U32", (*shape[:-1], packed)),
-            Output(f"{module}.scales", "BF16", (*shape[:-1], groups)),
-            Output(f"{module}.biases", "BF16", (*shape[:-1], groups)),
+    known = inventory(config, dtypes or {})
+    entries = []
+    uncovered: dict[str, list[str]] = {}
+    for p in known.parameters:
+        rule = policy.rule(p.role, p.module, p.layer, known.layers)
+        if rule is None and not kept_unasked(p.role):
+            uncovered.setdefault(p.role, []).append(p.module)
+            continue
+        spec, fit = None, ""
+        if rule is not None and rule.specs:
+            try:
+                if not p.packable:
+                    raise RotorError("mlx_lm has no quantized form of it: give it a rule with keep = true")
+                spec, fit = policy.spec(rule, p.role, p.shape[-1]), rule.fit
+            except RotorError as e:
+                number = policy.rules.index(rule) + 1
+                raise RotorError(f"policy {policy.name}, rule {number}: {p.name}: {e}") from None
+        at = p.placement
+        entry = Entry(
+            p.module, p.role, p.layer, p.shape, None, at.sources, (), fit, p.name, p.kept, at.layout, at.stacked
         )
-    return Entry(module, tensor.role, layer, shape, spec, sources, outputs)
+        entries.append(entry.stored(spec))
+    if uncovered:
+        named = "; ".join(f"role {role!r} ({listed(modules)})" for role, modules in uncovered.items())
+        raise RotorError(f"policy {policy.name}: no rule covers {named}; add one (`keep = true` leaves it)")
+    packable = frozenset(p.module for p in known.parameters if p.packable)
+    return Plan(policy, known.layers, tuple(entries), known.drop, known.extra, packable)
 
 
 def _ranges(layers: list[int]) -> str:

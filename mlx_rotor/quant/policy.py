@@ -1,98 +1,143 @@
-"""Policies: ordered rules, role x layers -> spec, read from TOML. The first rule that covers a tensor decides.
+"""Policies: ordered rules, which weights -> spec, read from TOML. The first rule that covers a weight decides.
 
 description = "..."             optional
-group_size = 64                 default of the rules below; so is mode = "affine"
+group_size = [128, 64]          default of the rules below (64); so are mode = "affine" and fit
 [[rule]]
 roles = ["attn.*", "embed"]     names or patterns of `roles.ROLES`
-layers = ["first 2", "last 2", "10-19", 30]     optional: all layers
+layers = ["0..1", "last 2"]     optional: all layers; the forms are those of `layers.py`
+names = ["*.layers.7.*"]        optional: patterns of module paths; one must match. May stand without roles
 bits = 4                        or `keep = true`: source precision (FP8 becomes bf16)
+group_size = [128, 64, 32]      the first that divides the weight's rows, or one number
+mode = "affine"                 or MLX's mxfp4, mxfp8, nvfp4, which fix bits and group_size
+fit = "best"                    fast, search or best, whatever the job's is
+[floors]
+"attn.*" = 4                    no rule, and no budget, gives these roles fewer bits
+[budget]                        optional: the affine specs above are a start, the best ones of this size are solved for
+bits_per_weight = 3.25          or size = "86.2 GB"
+
+Norms, biases and the like are never quantized, and need no rule. Nor does the router: a pattern never reaches it,
+only a rule whose one role is "router" gives it bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import RotorError
-from .roles import ROLES, expand
+from . import layers as layer_sets
+from .layers import Layers
+from .roles import ROLES, expand, kept_unasked
+from .target import Budget, parse_table
 
 FOLDER = Path(__file__).parent / "policies"
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-MODES = ("affine",)
+FIXED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # modes whose bits and group size are MLX's own
+MODES = ("affine", *FIXED)
+FITS = ("fast", "search", "best")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a weight is stored: bits a code, weights a group (one bf16 scale and bias each), MLX's quantization mode."""
+    """How a weight is stored: bits a code, weights a group, MLX's quantization mode.
+
+    A group has one bf16 scale and bias in mode affine, and one 8-bit scale in the others.
+    """
 
     bits: int
     group_size: int = 64
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("bits", self.bits, BITS),
-            ("group_size", self.group_size, GROUP_SIZES),
-            ("mode", self.mode, MODES),
-        ):
-            if isinstance(value, bool) or value not in known:
-                raise RotorError(f"{what} = {value!r} is not supported; {what} can be {', '.join(map(str, known))}")
+        _one_of("mode", self.mode, MODES)
+        bits, sizes = (BITS, GROUP_SIZES) if self.mode == "affine" else tuple((n,) for n in FIXED[self.mode])
+        _one_of("bits", self.bits, bits)
+        _one_of("group_size", self.group_size, sizes)
 
     def as_config(self) -> dict[str, int | str]:
         """The form MLX readers expect in config.json."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-@dataclass(frozen=True)
-class Layers:
-    """A set of layers whose ends may depend on how many there are."""
-
-    first: int = 0
-    last: int = 0
-    ranges: tuple[tuple[int, int], ...] = ()
-
-    def covers(self, layer: int, count: int) -> bool:
-        """Whether `layer` of a model with `count` layers is in the set; RotorError where a range leaves the model."""
-        beyond = [b for _, b in self.ranges if b >= count]
-        if beyond:
-            raise RotorError(f"a rule selects layer {beyond[0]}, but the model has layers 0-{count - 1}")
-        return layer < self.first or layer >= count - self.last or any(a <= layer <= b for a, b in self.ranges)
+def _one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in known:
+        raise RotorError(f"{what} = {value!r} is not supported; {what} can be {', '.join(map(str, known))}")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`layers` None: all of them. `spec` None: keep the source's precision."""
+    """`layers` None: all of them. `names` empty: all modules. `specs` in order of preference; empty: keep."""
 
     roles: tuple[str, ...]
     layers: Layers | None
-    spec: Spec | None
+    names: tuple[str, ...]
+    specs: tuple[Spec, ...]
+    fit: str = ""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`digest`: sha256 of the TOML text, for provenance."""
+    """`floors`: role -> least bits. `budget`: what its specs are to be solved for. `digest`: sha256 of the TOML text,
+    for provenance."""
 
     name: str
     description: str
     rules: tuple[Rule, ...]
     digest: str
+    floors: Mapping[str, int] = field(default_factory=dict, hash=False)
+    budget: Budget | None = None
 
-    def spec(self, role: str, layer: int | None, count: int) -> Spec | None:
-        """The spec of a role in a layer (None: unlayered) of a model with `count` layers; None means keep.
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """How many layers at each end some rule selects."""
+        return layer_sets.ends(rule.layers for rule in self.rules)
+
+    def rule(self, role: str, module: str, layer: int | None, count: int) -> Rule | None:
+        """The rule that decides on a module (`layer` None: unlayered) of a model with `count` layers, if one does.
 
         Raises:
-            RotorError: no rule covers it.
+            RotorError: a rule selects layers the model doesn't have.
         """
-        for rule in self.rules:
-            if role in rule.roles and (rule.layers is None or (layer is not None and rule.layers.covers(layer, count))):
-                return rule.spec
-        where = "" if layer is None else f" in layer {layer}"
-        raise RotorError(f"policy {self.name}: no rule covers role {role!r}{where}; add one (`keep = true` leaves it)")
+        for number, rule in enumerate(self.rules, 1):
+            if role not in rule.roles or (rule.names and not any(fnmatchcase(module, p) for p in rule.names)):
+                continue
+            try:
+                if rule.layers is None or (layer is not None and rule.layers.covers(layer, count, self.ends)):
+                    return rule
+            except RotorError as e:
+                raise RotorError(f"policy {self.name}, rule {number}: {e}") from None
+        return None
+
+    def spec(self, rule: Rule, role: str, columns: int) -> Spec | None:
+        """What `rule` makes of a weight with `columns` input dimensions, not below its role's floor; None means keep.
+
+        Raises:
+            RotorError: no group size of the rule divides the columns, or its mode has fewer bits than the floor.
+        """
+        if not rule.specs:
+            return None
+        fitting = [spec for spec in rule.specs if columns % spec.group_size == 0]
+        if not fitting:
+            wanted = ", ".join(str(spec.group_size) for spec in rule.specs)
+            would = [str(g) for g in GROUP_SIZES if columns % g == 0] or [
+                "none of MLX's: give it a rule with keep = true"
+            ]
+            raise RotorError(
+                f"group_size {wanted} does not divide its {columns} input dimensions; would fit: {', '.join(would)}"
+            )
+        spec, floor = fitting[0], self.floors.get(role, 0)
+        if spec.bits >= floor:
+            return spec
+        if spec.mode != "affine":
+            raise RotorError(f"mode {spec.mode} has {spec.bits} bits, the policy's floor for {role} is {floor}")
+        return Spec(floor, spec.group_size)
 
 
 def shipped() -> list[str]:
@@ -124,21 +169,25 @@ def parse(text: str, name: str) -> Policy:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise RotorError(f"policy {name}: not TOML: {e}") from e
+    where = f"policy {name}"
     try:
-        _known(table, {"description", "group_size", "mode", "rule"})
+        _known(table, {"description", "group_size", "mode", "fit", "rule", "floors", "budget"})
         rules = table.get("rule")
         if not isinstance(rules, list) or not rules or not all(isinstance(r, dict) for r in rules):
             raise RotorError("needs at least one [[rule]]")
-    except RotorError as e:
-        raise RotorError(f"policy {name}: {e}") from None
-    parsed = []
-    for number, rule in enumerate(rules, 1):
-        try:
+        floors = _floors(table.get("floors", {}))
+        budget = parse_table(table["budget"]) if "budget" in table else None
+        parsed = []
+        for number, rule in enumerate(rules, 1):
+            where = f"policy {name}, rule {number}"
             parsed.append(_rule(rule, table))
-        except RotorError as e:
-            raise RotorError(f"policy {name}, rule {number}: {e}") from None
+    except RotorError as e:
+        raise RotorError(f"{where}: {e}") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Policy(name, str(table.get("description", "")), tuple(parsed), digest)
+    policy = Policy(name, str(table.get("description", "")), tuple(parsed), digest, floors, budget)
+    if any(rule.layers and rule.layers.middle for rule in parsed) and policy.ends == (0, 0):
+        raise RotorError(f"policy {name}: a rule selects the middle layers, but none the first or the last")
+    return policy
 
 
 def _known(table: dict[str, Any], keys: set[str]) -> None:
@@ -147,47 +196,83 @@ def _known(table: dict[str, Any], keys: set[str]) -> None:
         raise RotorError(f"unknown key {unknown[0]!r}; keys: {', '.join(sorted(keys))}")
 
 
+def _strings(table: dict[str, Any], key: str) -> list[str]:
+    found = table[key]
+    if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
+        raise RotorError(f'{key} must be a list, {key} = ["...", ...]')
+    return found
+
+
+def _floors(table: Any) -> dict[str, int]:
+    if not isinstance(table, dict):
+        raise RotorError("floors must be a table of role = bits")
+    found: dict[str, int] = {}
+    for pattern, bits in table.items():
+        try:
+            _one_of("bits", bits, BITS)
+            found |= {role: max(bits, found.get(role, 0)) for role in expand(pattern)}
+        except RotorError as e:
+            raise RotorError(f"floors, {pattern!r}: {e}") from None
+    return found
+
+
 def _rule(rule: dict[str, Any], defaults: dict[str, Any]) -> Rule:
-    _known(rule, {"roles", "layers", "bits", "group_size", "mode", "keep"})
-    patterns = rule.get("roles")
-    if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise RotorError('needs roles = ["...", ...]')
-    roles = tuple(dict.fromkeys(name for pattern in patterns for name in expand(pattern)))
-    layers = _layers(rule["layers"]) if "layers" in rule else None
-    unlayered = [name for name in roles if not ROLES[name].layered]
-    if layers is not None and unlayered:
-        raise RotorError(f"role {unlayered[0]!r} has no layers to select")
-
-    if ("bits" in rule) == ("keep" in rule) or rule.get("keep", True) is not True:
+    _known(rule, {"roles", "layers", "names", "bits", "group_size", "mode", "fit", "keep"})
+    if "roles" not in rule and "names" not in rule:
+        raise RotorError('needs roles = ["...", ...], or names')
+    patterns = _strings(rule, "roles") if "roles" in rule else ["*"]
+    names = tuple(_strings(rule, "names")) if "names" in rule else ()
+    layers = layer_sets.parse(rule["layers"]) if "layers" in rule else None
+    keep = rule.get("keep", False)
+    mode = rule.get("mode", None if keep else defaults.get("mode", "affine"))
+    if ("keep" in rule and keep is not True) or keep == ("bits" in rule or mode not in (None, "affine")):
         raise RotorError("needs either bits = N or keep = true")
-    if "keep" in rule:
-        if "group_size" in rule or "mode" in rule:
-            raise RotorError("keep = true takes neither group_size nor mode")
-        return Rule(roles, layers, None)
-    fixed = [name for name in roles if not ROLES[name].quantizable]
-    if fixed:
-        raise RotorError(f"role {fixed[0]!r} ({ROLES[fixed[0]].what}) is never quantized: use keep = true")
-    group_size, mode = (rule.get(k, defaults.get(k, d)) for k, d in (("group_size", 64), ("mode", "affine")))
-    return Rule(roles, layers, Spec(rule["bits"], group_size, mode))
+    roles: dict[str, None] = {}
+    for pattern in patterns:
+        found = expand(pattern)
+        if pattern in ROLES:
+            _named(pattern, patterns, keep, layers)
+        else:  # a pattern stands for those of its roles that the rule may speak of
+            found = tuple(
+                r
+                for r in found
+                if (keep or not kept_unasked(r)) and (layers is None or ROLES[r].layered or r == "norm")
+            )
+        roles |= dict.fromkeys(found)
+    if keep:
+        extra = sorted(rule.keys() & {"group_size", "mode", "fit"})
+        if extra:
+            raise RotorError(f"keep = true takes no {extra[0]}")
+        return Rule(tuple(roles), layers, names, ())
+    fit = rule.get("fit", defaults.get("fit", ""))
+    if fit:
+        _one_of("fit", fit, FITS)
+    return Rule(tuple(roles), layers, names, _specs(rule, defaults), fit)
 
 
-def _layers(items: Any) -> Layers:
-    items = items if isinstance(items, list) else [items]
-    first = last = 0
-    ranges = []
-    for item in items:
-        match = re.fullmatch(r"(first|last) (\d+)|(\d+)(?:-(\d+))?", str(item).strip())
-        if match is None or isinstance(item, (bool, float)):
-            raise RotorError(f"layers: {item!r} is none of 'first N', 'last N', 'A-B', N")
-        end, count, low, high = match.groups()
-        if end == "first":
-            first = max(first, int(count))
-        elif end == "last":
-            last = max(last, int(count))
-        elif int(high or low) < int(low):
-            raise RotorError(f"layers: {item!r} runs backwards")
-        else:
-            ranges.append((int(low), int(high or low)))
-    if not items:
-        raise RotorError("layers: an empty list selects nothing; leave it out for all layers")
-    return Layers(first, last, tuple(ranges))
+def _named(role: str, patterns: list[str], keep: bool, layers: Layers | None) -> None:
+    """Refuses what may not be said of a role by its name."""
+    if layers is not None and not ROLES[role].layered:
+        raise RotorError(f"role {role!r} has no layers to select")
+    if keep:
+        return
+    what = f"role {role!r} ({ROLES[role].what})"
+    if not ROLES[role].quantizable:
+        raise RotorError(f"{what} is never quantized: use keep = true")
+    if ROLES[role].asked and patterns != [role]:
+        raise RotorError(f'{what} is quantized only by a rule of its own, roles = ["{role}"]')
+
+
+def _specs(rule: dict[str, Any], defaults: dict[str, Any]) -> tuple[Spec, ...]:
+    mode = rule.get("mode", defaults.get("mode", "affine"))
+    _one_of("mode", mode, MODES)
+    if mode != "affine":
+        bits, size = FIXED[mode]
+        return (Spec(rule.get("bits", bits), rule.get("group_size", size), mode),)
+    if "bits" not in rule:
+        raise RotorError("mode affine needs bits = N")
+    sizes = rule.get("group_size", defaults.get("group_size", 64))
+    sizes = sizes if isinstance(sizes, list) else [sizes]
+    if not sizes:
+        raise RotorError("group_size: an empty list fits nothing")
+    return tuple(Spec(rule["bits"], size) for size in sizes)

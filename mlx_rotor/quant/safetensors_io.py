@@ -7,12 +7,15 @@ and write from memory; a job that never holds more than one expert needs pieces 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from ..errors import RotorError
@@ -82,7 +85,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         table = json.loads(text)
         items = [(str(name), item) for name, item in table.items() if name != "__metadata__"]
         found = {name: _info(name, item, path, 8 + length) for name, item in items}
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise RotorError(f"{path}: damaged safetensors header ({e})") from e
     end = 8 + length
     for info in sorted(found.values(), key=lambda info: (info.start, info.nbytes)):
@@ -94,6 +97,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if end < size:
         raise RotorError(f"{path}: {size - end:,} bytes after the last tensor; download it again")
     return found
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from a model.safetensors.index.json.
+
+    Raises:
+        RotorError: not such a file, or one that names files outside its folder.
+    """
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise RotorError(f"{path}: not a safetensors index: {e}") from e
+    if not isinstance(names, dict):
+        raise RotorError(f"{path}: not a safetensors index: weight_map is no object")
+    for name, file in names.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w .+=@-]{1,250}", file) or not file.strip(" ."):
+            raise RotorError(f"{path}: not a safetensors index: {name} is in {file!r:.100}, which is no file name")
+    return names
 
 
 def _info(name: str, item: Any, path: Path, base: int) -> TensorInfo:
@@ -135,36 +156,82 @@ def header_bytes(tensors: Iterable[Sized]) -> bytes:
 
 
 class ShardWriter:
-    """A safetensors file filled in place, in any order, under `<path>.tmp` until `finish`."""
+    """A safetensors file filled in place, in any order and from any thread, under `<path>.tmp` until `finish`.
 
-    def __init__(self, path: Path, tensors: Iterable[Sized]) -> None:
+    `resume`: takes up the file an earlier writer left under either name. Its contents stay; what of them is right is
+    the caller's to find out (`read`) and to say (`keep`).
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[Sized], *, resume: bool = False) -> None:
         tensors = list(tensors)
         header = header_bytes(tensors)
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self._lock = Lock()
         self._start: dict[str, int] = {}
+        self._size: dict[str, int] = {}
         self._left: dict[str, int] = {}
         end = len(header)
         for tensor in tensors:
-            self._start[tensor.name], self._left[tensor.name] = end, tensor.nbytes
+            self._start[tensor.name], self._size[tensor.name] = end, tensor.nbytes
+            self._left[tensor.name] = tensor.nbytes
             end += tensor.nbytes
-        self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        if resume and path.exists():
+            path.replace(self.temporary)
+        self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL), 0o644)
         os.ftruncate(self._fd, end)
         self._pwrite(header, 0)
 
-    def write(self, name: str, offset: int, data: bytes) -> None:
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Puts `data` at byte `offset` of tensor `name`. Each byte is to be written once. OSError as pwrite."""
-        self._left[name] -= len(data)
+        if offset + len(data) > self._size[name]:
+            raise RotorError(f"{self.path}: {len(data)} bytes at {offset} leave {name}")
         self._pwrite(data, self._start[name] + offset)
+        with self._lock:
+            self._left[name] -= len(data)
 
-    def finish(self) -> None:
-        """Makes the file durable and gives it its name; RotorError if a tensor isn't complete."""
+    def keep(self, name: str) -> None:
+        """Counts a tensor as written completely."""
+        with self._lock:
+            self._left[name] = 0
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of tensor `name` as they are now."""
+        parts: list[bytes] = []
+        while start < stop:
+            part = os.pread(self._fd, min(stop - start, 1 << 30), self._start[name] + start)
+            if not part:
+                break
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+    def sync(self) -> None:
+        """Makes what was written durable."""
+        os.fsync(self._fd)
+
+    def seal(self) -> str:
+        """Makes the whole file durable; its sha256. RotorError if a tensor isn't complete."""
         wrong = [name for name, left in self._left.items() if left]
         if wrong:
             raise RotorError(f"{self.path}: {wrong[0]} was not written completely")
         os.fsync(self._fd)
+        digest, offset = hashlib.sha256(), 0
+        while block := os.pread(self._fd, 1 << 18, offset):
+            digest.update(block)
+            offset += len(block)
+        return digest.hexdigest()
+
+    def publish(self) -> None:
+        """Gives a sealed file its name."""
         self.close()
         self.temporary.replace(self.path)
         sync_folder(self.path.parent)
+
+    def finish(self) -> str:
+        """Seals and publishes; the file's sha256."""
+        digest = self.seal()
+        self.publish()
+        return digest
 
     def close(self) -> None:
         """Lets go of the file; unfinished, it stays under its temporary name."""
@@ -172,7 +239,7 @@ class ShardWriter:
             os.close(self._fd)
             self._fd = -1
 
-    def _pwrite(self, data: bytes, offset: int) -> None:
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
             done = os.pwrite(self._fd, view[: 1 << 30], offset)
@@ -189,11 +256,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is either absent or complete: temporary name, fsync, rename."""
+    """Writes a JSON file that is either absent or complete; see `write_whole`."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is either absent (or as it was) or complete: temporary name, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "host"))  # zoo_configs: a tiny config of every architecture
 
 Tensors = dict[str, tuple[str, np.ndarray]]  # name -> safetensors dtype, raw values (bf16 as uint16, FP8 as uint8)
 

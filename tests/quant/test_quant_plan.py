@@ -1,26 +1,18 @@
 import json
+from pathlib import Path
 
 import pytest
 
+import zoo_configs
 from mlx_rotor.demo import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant.plan import make_plan, read_config
-from mlx_rotor.quant.policy import load, parse
+from mlx_rotor.quant.policy import Spec, load, parse
 
 H, Q, KV, INTER, EXPERTS, LAYERS, VOCAB = 3072, 48 * 128, 8 * 128, 1536, 256, 62, 200064
-M27 = {
-    "model_type": "minimax_m2",
-    "hidden_size": H,
-    "intermediate_size": INTER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 48,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "num_local_experts": EXPERTS,
-    "vocab_size": VOCAB,
-    "tie_word_embeddings": False,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
+M27 = json.loads((Path(__file__).parents[2] / "examples" / "minimax_m27" / "config.json").read_text())
+M27 |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+SMALL = M27 | {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 5, "num_local_experts": 4, "vocab_size": 64}
 
 
 def packed(weights: int, bits: int, group: int = 64) -> int:
@@ -54,13 +46,20 @@ def test_config_i_on_the_published_dimensions_is_exact():
     assert {e.role: e for e in plan.entries}["expert.down"].shape == (EXPERTS, H, INTER)
 
 
-@pytest.mark.parametrize(("bits", "gb"), [(2, "71.55"), (3, "100.13"), (4, "128.71"), (8, "243.03")])
+@pytest.mark.parametrize(
+    ("bits", "gb"), [(2, "71.549"), (3, "100.129"), (4, "128.709"), (5, "157.289"), (6, "185.869"), (8, "243.029")]
+)
 def test_uniform_policies_are_exact(bits, gb):
     plan = make_plan(M27, load(f"uniform-{bits}bit"))
     kept = LAYERS * (EXPERTS * H * 2 + EXPERTS * 4 + (2 * H + Q + KV) * 2) + H * 2
     linears = LAYERS * (3 * EXPERTS * INTER * H + 2 * Q * H + 2 * KV * H) + 2 * VOCAB * H
     assert plan.nbytes == packed(linears, bits) + kept
-    assert f"{plan.nbytes / 1e9:.2f}" == gb
+    assert f"{plan.nbytes / 1e9:.3f}" == gb
+
+
+@pytest.mark.parametrize(("name", "total"), [("jang-k", "85.944 GB = 80.04 GiB, 3.0065 bits a weight")])
+def test_other_published_policies_are_exact(name, total):
+    assert make_plan(M27, load(name)).total() == total
 
 
 def test_rows_add_up_and_name_their_layers():
@@ -128,17 +127,88 @@ def test_tied_embeddings_have_no_head():
 
 
 def test_a_group_size_that_does_not_divide_names_the_tensor_and_what_fits():
-    policy = parse('[[rule]]\nroles = ["*.*", "embed", "head"]\nkeep = true', "p")
-    assert make_plan(M27 | {"intermediate_size": 96}, _with(policy, 32)).nbytes
-    with pytest.raises(RotorError, match=r"group_size 64 does not divide the 96 .*down_proj\.weight; would fit: 32"):
-        make_plan(M27 | {"intermediate_size": 96}, _with(policy, 64))
+    assert make_plan(SMALL | {"intermediate_size": 96}, _with(32)).nbytes
+    with pytest.raises(
+        RotorError,
+        match=r"policy p, rule 1: .*down_proj\.weight: group_size 64 does not divide its 96 .*; would fit: 32",
+    ):
+        make_plan(SMALL | {"intermediate_size": 96}, _with(64))
     with pytest.raises(RotorError, match="would fit: none of MLX's"):
-        make_plan(M27 | {"intermediate_size": 80}, _with(policy, 64))
+        make_plan(SMALL | {"intermediate_size": 80}, _with(64))
 
 
-def _with(policy, group_size):
+def _with(group_size):
     rules = f'[[rule]]\nroles = ["expert.down"]\nbits = 4\ngroup_size = {group_size}\n'
     return parse(rules + '[[rule]]\nroles = ["*"]\nkeep = true', "p")
+
+
+def test_roles_that_no_rule_covers_are_all_listed():
+    with pytest.raises(
+        RotorError, match=r"policy p: no rule covers role 'attn\.q' \(model\.layers\.0\..* and 2 more\)"
+    ) as e:
+        make_plan(SMALL, parse('[[rule]]\nroles = ["e*", "head", "attn.k", "attn.v"]\nkeep = true', "p"))
+    assert "role 'attn.o'" in str(e.value) and "norm" not in str(e.value) and "router" not in str(e.value)
+
+
+def test_the_router_is_quantized_when_asked_for():
+    asked = parse('[[rule]]\nroles = ["router"]\nbits = 8\n[[rule]]\nroles = ["*"]\nbits = 4', "p")
+    gates = [e for e in make_plan(SMALL, asked).entries if e.role == "router"]
+    assert len(gates) == 5 and all(e.spec == Spec(8, 64) and len(e.outputs) == 3 for e in gates)
+    deepseek = zoo_configs.config("deepseek_v3") | {"qk_nope_head_dim": 64, "kv_lora_rank": 64, "v_head_dim": 64}
+    with pytest.raises(RotorError, match=r"mlp\.gate\.weight: mlx_lm has no quantized form of it"):
+        make_plan(deepseek | {"intermediate_size": 64, "moe_intermediate_size": 64, "q_lora_rank": 64}, asked)
+
+
+def test_a_policys_fit_is_the_entrys():
+    plan = make_plan(
+        SMALL, parse('[[rule]]\nroles = ["expert.*"]\nbits = 2\nfit = "best"\n[[rule]]\nroles = ["*"]\nbits = 4', "p")
+    )
+    assert {e.fit for e in plan.entries if e.role.startswith("expert")} == {"best"}
+    assert {e.fit for e in plan.entries if not e.role.startswith("expert")} == {""}
+
+
+def test_with_specs_changes_what_it_names_and_its_bytes():
+    plan = make_plan(SMALL, load("uniform-4bit"))
+    q, down = (next(e for e in plan.entries if e.role == role) for role in ("attn.q", "expert.down"))
+    changed = plan.with_specs({q.module: None, down.module: Spec(3, 32)})
+    by_module = {e.module: e for e in changed.entries}
+    assert [o.dtype for o in by_module[q.module].outputs] == ["BF16"] and by_module[q.module].nbytes == 2 * q.parameters
+    assert by_module[down.module].nbytes == packed(down.parameters, 3, 32)
+    assert changed.nbytes - plan.nbytes == 2 * q.parameters - q.nbytes + packed(down.parameters, 3, 32) - down.nbytes
+    assert [e for e in changed.entries if e.module not in (q.module, down.module)] == [
+        e for e in plan.entries if e.module not in (q.module, down.module)
+    ]
+    assert changed.with_specs({q.module: q.spec, down.module: down.spec}) == plan
+
+
+@pytest.mark.parametrize(
+    ("module", "spec", "message"),
+    [
+        ("model.layers.9.x", Spec(4), r"the model has no model\.layers\.9\.x"),
+        ("model.norm", Spec(4), "role 'norm' is not quantized"),
+        ("model.layers.0.block_sparse_moe.gate", Spec(8), "role 'router' is not quantized"),
+        ("model.layers.0.self_attn.q_proj", Spec(3), r"3 bits are below the policy's floor of 4 for attn\.q"),
+        ("model.layers.0.block_sparse_moe.switch_mlp.down_proj", Spec(4, 64), "group_size 64 does not divide its 96"),
+    ],
+)
+def test_with_specs_refuses_what_a_policy_would(module, spec, message):
+    text = 'group_size = 32\n[floors]\n"attn.*" = 4\n[[rule]]\nroles = ["*"]\nbits = 4'
+    plan = make_plan(SMALL | {"intermediate_size": 96}, parse(text, "p"))
+    with pytest.raises(RotorError, match=message):
+        plan.with_specs({module: spec})
+
+
+def test_options_are_the_affine_specs_that_fit_and_keep_the_floor():
+    text = 'group_size = 32\n[floors]\n"attn.*" = 5\n[[rule]]\nroles = ["embed"]\nkeep = true\n'
+    text += '[[rule]]\nroles = ["*"]\nbits = 4'
+    plan = make_plan(SMALL | {"intermediate_size": 96}, parse(text, "p"))
+    found = {e.role: plan.options(e) for e in plan.entries}
+    assert found["embed"] == found["norm"] == found["router"] == ()
+    assert set(found["attn.q"]) == {Spec(b, g) for b in (5, 6, 8) for g in (32, 64, 128)}
+    assert found["expert.down"] == tuple(Spec(b, 32) for b in (2, 3, 4, 5, 6, 8))
+    for entry in plan.entries:
+        sizes = [plan.with_specs({entry.module: spec}).nbytes for spec in plan.options(entry)]
+        assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not readable as JSON"), ("[]", "expected a JSON object")])

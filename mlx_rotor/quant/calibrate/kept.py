@@ -1,0 +1,104 @@
+"""What a measurement of sensitivities has so far, on disk: after a crash it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import RotorError
+from ..policy import Spec
+from ..safetensors_io import write_json
+from .spool import Spool
+
+STATE = "measured.json"
+SECONDS = 120.0  # between two states; of 62 layers, the last is 1.4 GB
+
+Ratios = dict[str, dict[Spec, float]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Behind `layer` layers: `hidden` float32 [copies, sequences, length, ..], each the copy of one of `modules`."""
+
+    layer: int
+    modules: tuple[str, ...]
+    hidden: np.ndarray
+    ratios: Ratios
+
+
+class Keeper:
+    """States of one measurement in `folder`, which a calibration keeps its files in too; another measurement's files
+    there are deleted."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        """`job`: all that the measurement depends on, as JSON holds it. OSError where the folder can't be written."""
+        self._folder, self._job = folder, dict(job)
+        self._last = time.monotonic()
+        self._state = self._read()
+        if self._state is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(folder / STATE, {"job": self._job})
+
+    def found(self) -> Kept | None:
+        """What an earlier run kept.
+
+        Raises:
+            RotorError: it is not readable.
+        """
+        if not self._state or "layer" not in self._state:
+            return None
+        path, layer = self._path(self._state["layer"]), self._state["layer"]
+        try:
+            every = np.load(path)
+            ratios = {
+                module: {Spec(bits, size, mode): ratio for bits, size, mode, ratio in rows}
+                for module, rows in self._state["ratios"].items()
+            }
+        except (OSError, ValueError) as e:
+            raise RotorError(f"{path}: not readable ({e}); delete {self._folder}, and measuring starts again") from e
+        spool = Spool(self._folder)
+        if spool.newest(layer) != layer:  # the calibration is ahead: it goes back to here
+            spool.write(layer, every.shape[1], [every[0]])
+        return Kept(layer, tuple(self._state["modules"]), every[1:], ratios)
+
+    def keep(self, layer: int, base: np.ndarray, modules: Sequence[str], hidden: Any, ratios: Ratios) -> None:
+        """Makes a state durable, if the last is some time ago. `base`: the source's hidden states [sequences, ..],
+        `hidden`: the copies', one after the other."""
+        if time.monotonic() - self._last < SECONDS:
+            return
+        path = self._path(layer)
+        temporary = path.with_name(path.name + ".tmp")
+        head = {"descr": "<f4", "fortran_order": False, "shape": (1 + len(modules), *base.shape)}
+        with open(temporary, "wb") as file:
+            np.lib.format.write_array_header_2_0(file, head)
+            for states in (base, *hidden):
+                file.write(np.ascontiguousarray(states, "<f4").data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        rows = {m: [[s.bits, s.group_size, s.mode, ratio] for s, ratio in found.items()] for m, found in ratios.items()}
+        state = {"job": self._job, "layer": layer, "modules": list(modules), "ratios": rows}
+        write_json(self._folder / STATE, state)
+        for other in self._folder.glob("copies-*"):
+            if other != path:
+                other.unlink()
+        self._last = time.monotonic()
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"copies-{layer:04d}.npy"
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return state if isinstance(state, dict) and state.get("job") == self._job else None

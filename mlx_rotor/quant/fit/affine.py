@@ -1,0 +1,115 @@
+"""Weights to MLX's affine format: packed codes, and a scale and a bias a group of them, w ~ scale * code + bias.
+
+The format is MLX's; which of its points a weight goes to is ours to choose. `mx.quantize` spans the range of the
+group on a grid with a zero on it; `search` minimises the squared error, after scale and bias are rounded.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import mlx.core as mx
+
+from ...errors import RotorError
+from ..policy import BITS, GROUP_SIZES
+from .chunks import chunks
+from .groups import Groups, by_groups
+from .packing import pack_groups
+from .search import BEST, SEARCH, Effort, search
+
+EFFORTS = {"search": SEARCH, "best": BEST}
+Parts = tuple[mx.array, mx.array, mx.array]
+
+
+def fit_affine(
+    w: mx.array,
+    *,
+    bits: int,
+    group_size: int = 64,
+    fit: str = "search",
+    importance: mx.array | None = None,
+    dtype: mx.Dtype = mx.bfloat16,
+) -> Parts:
+    """Weights [.., K] of any floating dtype, finite, as (codes, scales, biases) that `mx.dequantize` takes.
+
+    Codes are uint32 [.., K*bits/32]; scales and biases [.., K/group_size] in `dtype`. The fit `fast` is mx.quantize of
+    the weights in `dtype`; `search` and `best` minimise sum(importance * (w - decoded)**2) in every group, and never
+    leave more than mx.quantize. `importance` >= 0 broadcasts to w: [K], or [E, 1, K] for experts; `fast` ignores it.
+    Worked on in float32, a chunk at a time. Evaluates what it returns.
+
+    Raises:
+        RotorError: bits, a group size or an importance that don't go with w; an unknown fit.
+    """
+    check(w, bits, group_size)
+    if fit != "fast" and fit not in EFFORTS:
+        raise RotorError(f"unknown fit {fit!r}; fits: {', '.join(('fast', *EFFORTS))}")
+    k = w.shape[-1]
+    blocks, seen = _aligned(w, importance)
+    parts: list[Parts] = []
+    for block in range(blocks.shape[0]):
+        for rows in chunks(blocks.shape[1], k):
+            chunk = blocks[block, rows]
+            if fit == "fast":
+                packed, scales, biases = mx.quantize(chunk.astype(dtype), group_size, bits)
+                parts.append((packed, scales, biases))
+            else:
+                heeded = None if seen is None else seen[block, rows if seen.shape[1] > 1 else slice(None)]
+                parts.append(_fitted(chunk, bits, group_size, EFFORTS[fit][bits], heeded, dtype))
+            mx.eval(parts[-1])
+    columns = (k * bits // 32, k // group_size, k // group_size)
+    codes, scales, biases = (
+        mx.concatenate(list(part)).reshape(*w.shape[:-1], n)
+        for part, n in zip(zip(*parts, strict=True), columns, strict=True)
+    )
+    mx.eval(codes, scales, biases)
+    return codes, scales, biases
+
+
+def check(w: mx.array, bits: int, group_size: int) -> None:
+    """RotorError where weights of this shape have no affine form of these bits and groups."""
+    if bits not in BITS or group_size not in GROUP_SIZES:
+        known = f"bits: {', '.join(map(str, BITS))}; group sizes: {', '.join(map(str, GROUP_SIZES))}"
+        raise RotorError(f"no affine format of {bits} bits in groups of {group_size}; {known}")
+    if w.ndim == 0 or w.size == 0:
+        raise RotorError(f"no weights to fit: shape {w.shape}")
+    if w.shape[-1] % group_size:
+        raise RotorError(f"group_size {group_size} does not divide {w.shape[-1]}, the last dimension of {w.shape}")
+
+
+def _aligned(w: mx.array, importance: mx.array | None) -> tuple[mx.array, mx.array | None]:
+    """Weights [B, R, K] and importance [B, R or 1, K]: rows of a block share one wherever the caller's do."""
+    k = w.shape[-1]
+    lead = w.shape[:-1]
+    if importance is None:
+        return w.reshape(1, -1, k), None
+    shape = importance.shape
+    padded = (1,) * (w.ndim - importance.ndim) + shape
+    if (
+        len(padded) != w.ndim
+        or shape[-1:] != (k,)
+        or any(n not in (1, m) for n, m in zip(padded, w.shape, strict=True))
+    ):
+        raise RotorError(f"importance {shape} does not broadcast to weights {w.shape}")
+    shared = len(lead)  # trailing axes of `lead` that one importance serves
+    while shared and padded[shared - 1] == 1:
+        shared -= 1
+    importance = importance.astype(mx.float32)
+    if shared == len(lead) and lead:  # every row has its own
+        return w.reshape(1, -1, k), mx.broadcast_to(importance, w.shape).reshape(1, -1, k)
+    outer = prod(lead[:shared])
+    seen = mx.broadcast_to(importance.reshape(*padded[:shared], k), (*lead[:shared], k)).reshape(outer, 1, k)
+    return w.reshape(outer, -1, k), seen
+
+
+def _fitted(
+    rows: mx.array, bits: int, group_size: int, effort: Effort, importance: mx.array | None, dtype: mx.Dtype
+) -> Parts:
+    """Of rows [R, K] with an importance [R or 1, K]."""
+    _, scale, bias = mx.quantize(rows.astype(dtype), group_size, bits)
+    groups = Groups.of(
+        by_groups(rows.astype(mx.float32), group_size),
+        None if importance is None else by_groups(importance, group_size),
+        dtype,
+    )
+    scale, bias, codes = search(groups, (scale[None].astype(mx.float32), bias[None].astype(mx.float32)), bits, effort)
+    return pack_groups(codes, bits), scale[0], bias[0]

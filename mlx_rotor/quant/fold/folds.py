@@ -1,0 +1,171 @@
+"""Exact folds: factors moved from one weight of a model into another, which leave what it computes unchanged.
+
+Inputs that are large can be made smaller, and the columns they meet larger, so that quantizing those columns costs
+less: AWQ (arXiv 2306.00978). A normalization gives its factors to every module that reads its output, the router
+too; a channel of an expert's intermediate values, in which SwiGLU is linear, gives its own to that expert's down
+projection. Knows which modules those are; `search` chooses the factors, `proof` shows them to be exact on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ...errors import RotorError
+from ..guide import Weights
+from ..plan import Entry
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A normalization of a layer, by the last part of its path, and the roles of all that may read its output."""
+
+    norm: str
+    readers: tuple[str, ...]
+
+
+# Of the roles named here each layer has some. A role missing from the list would be fed scaled inputs: the check on the
+# model's own logits finds that.
+READINGS = (
+    Reading(
+        "input_layernorm",
+        ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.gate", "attn.q_a", "attn.kv_a", "linear.in"),
+    ),
+    Reading(
+        "post_attention_layernorm",
+        ("router", "expert.gate", "expert.up", "shared.gate", "shared.up", "mlp.gate", "mlp.up", "mlp.gate_up"),
+    ),
+)
+# An index reads the normalized inputs through projections that share a role with ones that don't.
+UNCLEAR = {"input_layernorm": ("attn.index",)}
+# Whose experts clamp what their down projection takes: not linear in up.
+CLAMPED = ("gpt_oss",)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors for one part of an entry, float32: its rows [n] and its columns [K] are multiplied. None: by 1."""
+
+    rows: mx.array | None = None
+    columns: mx.array | None = None
+
+    def times(self, other: Scales) -> Scales:
+        return Scales(_product(self.rows, other.rows), _product(self.columns, other.columns))
+
+
+# (module, part) -> factors
+Folds = dict[tuple[str, int], Scales]
+
+
+def _product(a: mx.array | None, b: mx.array | None) -> mx.array | None:
+    return b if a is None else a if b is None else a * b
+
+
+def joined(*folds: Folds) -> Folds:
+    """All of them, one after the other."""
+    out: Folds = {}
+    for fold in folds:
+        for key, scales in fold.items():
+            out[key] = out[key].times(scales) if key in out else scales
+    return out
+
+
+class Folded:
+    """Weights with factors applied as they are read; implements `guide.Weights`."""
+
+    def __init__(self, weights: Weights, scales: Mapping[tuple[str, int], Scales]) -> None:
+        self._weights, self._scales = weights, dict(scales)
+
+    def read(self, entry: Entry, part: int = 0, start: int = 0, stop: int | None = None) -> mx.array:
+        """See `guide.Weights`."""
+        w = self._weights.read(entry, part, start, stop)
+        scales = self._scales.get((entry.module, part))
+        if scales is None:
+            return w
+        if scales.rows is not None:
+            rows = scales.rows[start:stop]
+            w = w * (rows if w.ndim == 1 else rows[:, None])
+        return w if scales.columns is None else w * scales.columns
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """Where a normalization of a layer may be folded into its readers."""
+
+    norm: Entry
+    readers: tuple[Entry, ...]
+
+    def scales(self, s: mx.array) -> Folds:
+        """s: float32 [hidden], positive. The normalization's output is divided by it, readers' columns multiplied."""
+        out: Folds = {(self.norm.module, 0): Scales(rows=1 / s)}
+        for entry in self.readers:
+            out |= {(entry.module, part): Scales(columns=s) for part in range(entry.parts)}
+        return out
+
+    def inputs(self, s: mx.array) -> dict[str, mx.array]:
+        """Module -> what its inputs are divided by."""
+        return {entry.module: s for entry in self.readers}
+
+
+@dataclass(frozen=True)
+class DownFold:
+    """An expert's up and down projection: its intermediate channels may be scaled, each expert's by its own factors."""
+
+    up: Entry
+    down: Entry
+
+    def scales(self, factors: Mapping[int, mx.array]) -> Folds:
+        """Expert -> float32 [inter], positive: what its down projection takes is divided by it."""
+        out: Folds = {}
+        for part, d in factors.items():
+            out[self.up.module, part] = Scales(rows=1 / d)
+            out[self.down.module, part] = Scales(columns=d)
+        return out
+
+    def inputs(self, factors: Mapping[int, mx.array]) -> dict[str, mx.array]:
+        """Module -> [experts, inter], what its inputs are divided by."""
+        ones = mx.ones((self.down.shape[-1],))
+        return {self.down.module: mx.stack([factors.get(part, ones) for part in range(self.down.parts)])}
+
+
+def norm_folds(entries: Sequence[Entry]) -> list[NormFold]:
+    """Those of one layer's entries."""
+    found = []
+    roles = {entry.role for entry in entries}
+    for reading in READINGS:
+        norms = [e for e in entries if e.role == "norm" and e.module.rpartition(".")[2] == reading.norm]
+        readers = tuple(e for e in entries if e.role in reading.readers)
+        if len(norms) != 1 or not readers or roles & set(UNCLEAR.get(reading.norm, ())):
+            continue
+        width = norms[0].shape[0]
+        wrong = [e.module for e in readers if e.shape[-1] != width]
+        if wrong:
+            raise RotorError(f"{wrong[0]} takes other inputs than {norms[0].module} gives: it can't be folded")
+        if any(e.module.startswith(f"{norms[0].module}.bias") for e in entries):
+            continue  # a bias would have to be divided too
+        found.append(NormFold(norms[0], readers))
+    return found
+
+
+def down_folds(entries: Sequence[Entry], model_type: str) -> list[DownFold]:
+    """Those of one layer's entries: experts whose intermediate values are linear in what up gives.
+
+    Raises:
+        RotorError: a model whose experts clamp them.
+    """
+    ups = [e for e in entries if e.role == "expert.up"]
+    if ups and model_type in CLAMPED:
+        raise RotorError(
+            f"{model_type}: its experts clamp their intermediate values, so those can't be rescaled exactly; fold"
+            " normalizations alone"
+        )
+    found = []
+    for up in ups:
+        path = up.module.rpartition(".")[0]
+        downs = [e for e in entries if e.role == "expert.down" and e.module.rpartition(".")[0] == path]
+        biased = any(e.role == "bias" and e.module.startswith(f"{up.module}.") for e in entries)
+        if len(downs) == 1 and not biased and up.shape[-2] == downs[0].shape[-1]:
+            found.append(DownFold(up, downs[0]))
+    return found

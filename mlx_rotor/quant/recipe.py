@@ -1,0 +1,219 @@
+"""How a checkpoint is made, in one value: policy, budget, fit and calibration, brought together for a job.
+
+All that decides the output's bits is here; `job` carries it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RotorError
+from . import budget, calibrate
+from .budget import sensitivity
+from .budget.sensitivity import Sensitivities
+from .calibrate import Calibration, text
+from .calibrate.imatrix import Imatrix
+from .calibrate.measure import LENGTH, TOKENS
+from .fold import proof as fold_check
+from .fold.search import Folding
+from .guide import Guide
+from .job import SHARD_BYTES
+from .job.run import GuideFactory, PlanFactory
+from .plan import Plan, make_plan, read_config
+from .policy import Policy
+from .source import Checkpoint, locate
+from .source.origin import Folder
+from .target import Budget
+
+BUNDLED = "bundled"
+FOLDS = ("norms", "downs")
+PROOF = 64  # tokens that folds are proved on
+
+Progress = Callable[[str, int, int], None]  # what runs, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint is made by.
+
+    Attributes:
+        budget: what the bits are solved for; None: the policy's own, or its rules as they stand.
+        sensitivities: file with what each weight's bits are worth; measured and written if it isn't there and there is
+            a calibration text. None: the prior.
+        calibration: BUNDLED, or a text file; empty: none. `sequences` and `length` of it, None: by the model's size.
+        imatrix: llama.cpp's, in place of a calibration.
+        folds: of FOLDS: what is evened out before the fit, exactly.
+        rescale: bring experts whose intermediate values overflow float16 back into its range, exactly.
+    """
+
+    policy: Policy
+    fit: str = "search"
+    budget: Budget | None = None
+    sensitivities: Path | None = None
+    calibration: str = ""
+    sequences: int | None = None
+    length: int | None = None
+    imatrix: Path | None = None
+    folds: tuple[str, ...] = ()
+    rescale: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        """Raises RotorError where parts of it contradict each other, or one would do nothing."""
+        guided = bool(self.calibration or self.imatrix)
+        if self.calibration and self.imatrix:
+            raise RotorError("--calibration and --imatrix both say what inputs are like: give one of them")
+        if self.fit == "fast" and guided and not (self.calibration and self.sensitivities):
+            raise RotorError("--fit fast is mx.quantize, which knows no inputs: calibrate with --fit search or best")
+        sized = self.sequences is not None or self.length is not None
+        if sized and (not self.calibration or self.fit == "fast"):
+            raise RotorError(
+                "--calibration-sequences and --calibration-length say how much a fit is calibrated on: give"
+                " --calibration, and --fit search or best"
+            )
+        if unknown := sorted(set(self.folds) - set(FOLDS)):
+            raise RotorError(f"--fold {unknown[0]}: there is {', '.join(FOLDS)}")
+        if (self.folds or self.rescale) and self.fit == "fast":
+            raise RotorError("--fold and --rescale-overflows go by the inputs: use --fit search or best")
+        if self.folds and not guided:
+            raise RotorError("--fold goes by the inputs' sizes: give --calibration or --imatrix")
+        if self.rescale and not self.calibration:
+            raise RotorError("--rescale-overflows goes by the largest inputs: give --calibration")
+        if self.sensitivities is not None and self.target is None:
+            raise RotorError(
+                "--sensitivities choose bits for a size: give --target-size, --target-bpw, --fit 128GB, or a policy"
+                " with a [budget]"
+            )
+
+    @property
+    def target(self) -> Budget | None:
+        """What bits are solved for."""
+        return self.budget or self.policy.budget
+
+    @property
+    def guided(self) -> bool:
+        """Whether the fit goes by inputs."""
+        return self.fit != "fast" and bool(self.calibration or self.imatrix)
+
+    def check_files(self, *, measuring: bool = True) -> None:
+        """RotorError for what can be known of the files to read before any work; `measuring`: sensitivities that aren't
+        there yet are going to be."""
+        if self._text and not text.read(self._text).strip():
+            raise RotorError(f"--calibration {self._text}: holds no text")
+        if self.imatrix is not None and not self.imatrix.is_file():
+            raise RotorError(f"--imatrix {self.imatrix}: no such file")
+        path = self.sensitivities
+        if path is None or path.is_file():
+            return
+        if not self.calibration:
+            raise RotorError(f"--sensitivities {path}: no such file; with --calibration it is measured and written")
+        if not measuring:
+            raise RotorError(f"--sensitivities {path}: no such file yet, and --dry-run doesn't measure; leave it out")
+        if path.exists() or not os.access(path.absolute().parent, os.W_OK):
+            raise RotorError(f"--sensitivities {path}: can't be written; give a file where one can be")
+
+    def plan(self, model: str | Path | None = None, progress: Progress | None = None) -> PlanFactory:
+        """Makes the plan from config.json and dtypes; solved for the target where there is one.
+
+        What it returns measures sensitivities where their file isn't there yet and `model` says what to measure them
+        on. It raises RotorError: as `make_plan` and `budget.solve`; for sensitivities of another model, or none and no
+        text to measure them on.
+        """
+
+        def made(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Plan:
+            plan = make_plan(config, self.policy, dtypes)
+            if self.target is None:
+                return plan
+            # Without dtypes the weights aren't there yet: the size is all that is asked for.
+            there = model is not None and bool(dtypes)
+            costs = self._costs(plan, str(model), config, progress) if there else self._known(plan)
+            return budget.solve(plan, self.target.bytes_for(plan.parameters), costs, shard_bytes=self.shard_bytes)
+
+        return made
+
+    def _known(self, plan: Plan) -> Sensitivities:
+        """From the file if it is there, else the prior. RotorError as `sensitivity.read`."""
+        if self.sensitivities is not None and self.sensitivities.exists():
+            return sensitivity.read(self.sensitivities, plan)
+        return sensitivity.prior(plan, self.fit)
+
+    def _costs(
+        self, plan: Plan, model: str | Path, config: Mapping[str, Any], progress: Progress | None
+    ) -> Sensitivities:
+        path = self.sensitivities
+        if path is None or path.exists():
+            return self._known(plan)
+        self.check_files()
+        named = progress and (lambda what, *steps: progress(f"measuring sensitivities, {what}", *steps))
+        folder = locate(model)
+        checkpoint = Checkpoint.open(folder, config)
+        checkpoint.verify(plan)
+        tokens = calibrate.prepare(folder, config, self._text, max(1, TOKENS // LENGTH), LENGTH)
+        try:
+            work = path.absolute().with_name(f"{path.name}.work")  # a measurement that was stopped goes on in it
+            identity = json.dumps(Folder(folder, checkpoint).identity, sort_keys=True)
+            found = calibrate.measure(
+                config,
+                checkpoint,
+                plan,
+                tokens,
+                work,
+                source=self._source,
+                fit=self.fit,
+                identity=hashlib.sha256(identity.encode()).hexdigest(),
+                progress=named,
+            )
+            found.write(path)
+            shutil.rmtree(work)
+        except OSError as e:
+            raise RotorError(f"--sensitivities {path}: {e.strerror or e}; give a file where one can be written") from e
+        return found
+
+    def guide(self, progress: Progress | None = None) -> GuideFactory | None:
+        """What a job fits by; None where that is the weights alone.
+
+        What it returns raises RotorError: as `Calibration`, `Imatrix`, `Folding`, `fold_check.prove`.
+        """
+        if not self.guided:
+            return None
+
+        named = progress and (lambda what, *steps: progress(f"calibrating, {what}", *steps))
+
+        def made(checkpoint: Checkpoint, plan: Plan, work: Path) -> Guide:
+            config = read_config(checkpoint.folder)
+            folder = work / "calibration"
+            guide = self._statistics(checkpoint, plan, config, folder, named)
+            if not (self.folds or self.rescale):
+                return guide
+            norms, downs, kind = "norms" in self.folds, "downs" in self.folds, str(config["model_type"])
+            folding = Folding(guide, plan, kind, self.fit, folder, norms=norms, downs=downs, rescale=self.rescale)
+            tokens = calibrate.prepare(checkpoint.folder, config, None, 1, PROOF)
+            fold_check.prove(folding, config, plan, checkpoint, tokens)
+            return folding
+
+        return made
+
+    def _statistics(
+        self, checkpoint: Checkpoint, plan: Plan, config: Mapping[str, Any], folder: Path, progress: Progress | None
+    ) -> Guide:
+        if self.imatrix is not None:
+            return Imatrix(self.imatrix, plan, checkpoint)
+        tokens = calibrate.prepare(checkpoint.folder, config, self._text, self.sequences, self.length)
+        return Calibration(config, checkpoint, plan, tokens, folder, progress=progress)
+
+    @property
+    def _source(self) -> str:
+        """What the metadata calls the calibration text."""
+        return self.calibration if self._text is None else Path(self._text).name
+
+    @property
+    def _text(self) -> str | None:
+        """A file; None: the bundled text, or none."""
+        return None if self.calibration in ("", BUNDLED) else self.calibration

@@ -1,0 +1,38 @@
+import pytest
+
+from mlx_rotor.errors import RotorError
+from mlx_rotor.quant.fit import FITS
+from mlx_rotor.quant.fit.gaussian import ERRORS, MODE_ERRORS, measure, relative_error
+from mlx_rotor.quant.policy import BITS, FIXED, GROUP_SIZES, Spec
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (2, 128), (3, 64), (4, 128), (6, 32), (8, 64)])
+def test_the_table_is_what_is_measured(bits, group_size, fit):
+    # Other weights than the table's.
+    measured = measure(Spec(bits, group_size), fit, rows=256, seed=1)
+    assert relative_error(bits, group_size, fit) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", FIXED)
+def test_so_is_that_of_the_other_modes(mode):
+    bits, size = FIXED[mode]
+    measured = measure(Spec(bits, size, mode), "search", rows=256, seed=1)
+    assert relative_error(bits, size, mode=mode) == pytest.approx(measured, rel=0.02)
+
+
+def test_it_covers_every_format_and_falls_with_bits_smaller_groups_and_effort():
+    assert set(ERRORS) == {(b, g) for b in BITS for g in GROUP_SIZES} and set(MODE_ERRORS) == set(FIXED)
+    for (bits, size), errors in ERRORS.items():
+        assert errors[0] > errors[1] > errors[2] > 0
+        if size < 128:
+            assert all(a < b for a, b in zip(errors, ERRORS[bits, 2 * size], strict=True))
+        if bits < 8:
+            assert all(a > 3 * b for a, b in zip(errors, ERRORS[BITS[BITS.index(bits) + 1], size], strict=True))
+
+
+def test_unknown_formats_and_fits_are_errors():
+    with pytest.raises(RotorError, match="bits = 7"):
+        relative_error(7, 64)
+    with pytest.raises(RotorError, match="unknown fit 'slow'"):
+        relative_error(4, 64, "slow")
