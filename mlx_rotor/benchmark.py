@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import benchmark_weights, codec
 from .cache import DEFAULT, EXACT, scheme
-from .command import run
+from .command import positive, run, whole
 from .demo import held_out_text
 from .errors import RotorError
 from .evals import biased_keys
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "those of a throughput model, never measurements; `mlx_rotor doctor --kernels` measures on a Mac.",
     )
     k.add_argument("--schemes", default=",".join(PAIRS), help=f"comma-separated ({','.join(PAIRS)})")
-    k.add_argument("--tokens", type=_list(_positive), default=TOKENS, help="comma-separated (4096,16384)")
+    k.add_argument("--tokens", type=_list(positive), default=TOKENS, help="comma-separated (4096,16384)")
     k.add_argument("--heads", type=int, default=32, help="query heads, over 8 KV heads of 128 (32)")
     k.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
     k.set_defaults(measure=_kernels)
@@ -81,11 +81,11 @@ def parser() -> argparse.ArgumentParser:
         "reading a prompt with the bundled model (a minute or two a scheme for 4096 tokens; --prompts 0: left out).",
     )
     m.add_argument("--schemes", default=",".join(CACHED), help=f"comma-separated ({','.join(CACHED)})")
-    m.add_argument("--tokens", type=_positive, default=CACHE_TOKENS, help=f"held while measured ({CACHE_TOKENS})")
+    m.add_argument("--tokens", type=positive, default=CACHE_TOKENS, help=f"held while measured ({CACHE_TOKENS})")
     m.add_argument(
-        "--prompts", type=_list(_whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
+        "--prompts", type=_list(whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
     )
-    m.add_argument("--chunk", type=_positive, default=512, help="prompt tokens fed at a time (512)")
+    m.add_argument("--chunk", type=positive, default=512, help="prompt tokens fed at a time (512)")
     m.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
     m.set_defaults(measure=_cache)
     benchmark_weights.add(parts)
@@ -225,16 +225,6 @@ def _print_peaks(rows: Sequence[Prefill]) -> None:
         "exact KV's there. "
         "On a CPU, stock attention keeps all scores of a chunk, which MLX's GPU kernels do not."
     )
-
-
-def _whole(text: str, low: int = 0) -> int:
-    if not text.strip().isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
 
 
 def _list(read: Callable[[str], int]) -> Callable[[str], list[int]]:

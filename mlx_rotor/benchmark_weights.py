@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from . import demo
-from .command import check_writable
+from .command import check_writable, positive
 from .errors import RotorError
-from .evals import record, weight_rows
-from .quant.fit import FITS
 
 if TYPE_CHECKING:
     from .evals.quantize_speed import Calibrated, Speed
+
+POLICIES = "uniform-2bit,uniform-3bit,uniform-4bit,config-i,jang-k"
+METHODS = "fast,search,calibrated"
 
 
 def add(parts: Any) -> None:
@@ -37,8 +38,8 @@ def add(parts: Any) -> None:
     q.add_argument("--dimensions", choices=("minimax", "small"), default="minimax", help="of the layer (minimax)")
     q.add_argument("--fits", help="comma-separated: fast, search, best (fast; calibrated: search)")
     q.add_argument("--calibrated", action="store_true", help="peak memory of a job that calibrates, instead")
-    q.add_argument("--experts", type=_positive, action="append", help="with --calibrated; repeatable (8 and 16)")
-    q.add_argument("--workers", type=_positive, default=0, help="threads of the job (by the machine)")
+    q.add_argument("--experts", type=positive, action="append", help="with --calibrated; repeatable (8 and 16)")
+    q.add_argument("--workers", type=positive, default=0, help="threads of the job (by the machine)")
     q.add_argument("--json", action="store_true", help="print one JSON object")
     q.set_defaults(measure=_quantize)
     w = parts.add_parser(
@@ -48,10 +49,10 @@ def add(parts: Any) -> None:
         " are not measured again: an interrupted run goes on.",
     )
     w.add_argument("--model", default=str(demo.MODEL), help="the source (bundled model)")
-    w.add_argument("--policies", default=",".join(weight_rows.LISTED), help=f"({','.join(weight_rows.LISTED)})")
-    w.add_argument("--fits", default=",".join(weight_rows.METHODS), help=f"({','.join(weight_rows.METHODS)})")
-    w.add_argument("--windows", type=_positive, default=12, help="of each text (12)")
-    w.add_argument("--window", type=_positive, default=384, help="tokens in each (384)")
+    w.add_argument("--policies", default=POLICIES, help=f"comma-separated ({POLICIES})")
+    w.add_argument("--fits", default=METHODS, help=f"comma-separated ({METHODS})")
+    w.add_argument("--windows", type=positive, default=12, help="of each text (12)")
+    w.add_argument("--window", type=positive, default=384, help="tokens in each (384)")
     w.add_argument("--json-out", type=Path, required=True, metavar="FILE", help="where rows are kept")
     w.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against size, SVG (matplotlib)")
     w.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
@@ -69,6 +70,7 @@ def _fit(args: argparse.Namespace) -> dict[str, Any]:
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     from .evals import quantize_speed
+    from .quant.fit import FITS
 
     fits = (args.fits or ("search" if args.calibrated else "fast")).split(",")
     if unknown := sorted(set(fits) - set(FITS)):
@@ -91,7 +93,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _weights(args: argparse.Namespace) -> dict[str, Any]:
-    from .evals import weight_report
+    from .evals import record, weight_report, weight_rows
     from .evals.domains import bundled
     from .evals.size import Size
 
@@ -144,9 +146,3 @@ def _print_calibrated(rows: Sequence[Calibrated]) -> None:
         "\nMore tokens run in chunks of this many: they take disk (work files: inputs of the layer, of the next, and"
         "\nof its experts), not memory."
     )
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)

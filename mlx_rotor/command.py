@@ -1,7 +1,9 @@
-"""What every command shares: how it starts, fails and stops, and where it may write. No flags, no logic."""
+"""What every command shares: how it starts, fails and stops, and where it may write, how numbers are
+read. No flags, no logic."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,3 +35,15 @@ def check_writable(flag: str, file: Path) -> None:
     """Raises RotorError where `file`, given with `flag`, can't be written: before the work whose result it is for."""
     if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
         raise RotorError(f"{flag} {file}: can't write a file there; give one in a folder that can be written")
+
+
+def whole(text: str, low: int = 0) -> int:
+    """An argument's type: a whole number from `low`."""
+    if not text.strip().isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1."""
+    return whole(text, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import demo
 from .cache import scheme
+from .command import positive
 from .errors import RotorError
 from .memory import room
 from .memory.room import Room
@@ -85,10 +86,10 @@ def parser() -> argparse.ArgumentParser:
         help="fit to the inputs that weights meet on a text: .txt, or .jsonl of texts (without FILE: bundled)",
     )
     fit.add_argument(
-        "--calibration-sequences", type=_positive, metavar="N", help="pieces of the text (by the model's size)"
+        "--calibration-sequences", type=positive, metavar="N", help="pieces of the text (by the model's size)"
     )
     fit.add_argument(
-        "--calibration-length", type=_positive, metavar="TOKENS", help="length of each (by the model's size)"
+        "--calibration-length", type=positive, metavar="TOKENS", help="length of each (by the model's size)"
     )
     fit.add_argument(
         "--imatrix", type=Path, metavar="FILE", help="llama.cpp's importance matrix (GGUF), for --calibration"
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
     job = p.add_argument_group("job")
     job.add_argument("--resume", action="store_true", help="go on with a job that was stopped, given the same flags")
-    job.add_argument("--workers", type=_positive, metavar="N", help="threads (by the machine)")
+    job.add_argument("--workers", type=positive, metavar="N", help="threads (by the machine)")
     job.add_argument(
         "--stream-source", action="store_true", help="fetch a repository file by file, delete each after use"
     )
@@ -247,12 +248,6 @@ def _parsed(read: Callable[[str], int]) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(str(e)) from None
 
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
 
 
 def _folds(text: str) -> tuple[str, ...]:

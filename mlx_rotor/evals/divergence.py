@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +37,12 @@ class Divergence:
     max: float
     quarters: tuple[float, ...]
     agreement: Estimate
+
+    @classmethod
+    def from_dict(cls, x: Mapping[str, Any]) -> Divergence:
+        """Of what `dataclasses.asdict` made, also through JSON. KeyError or TypeError for anything else."""
+        mean, agreement = Estimate(**x["mean"]), Estimate(**x["agreement"])
+        return cls(mean, x["p99"], x["max"], tuple(x["quarters"]), agreement)
 
 
 def summarise(kl: np.ndarray, agrees: np.ndarray) -> Divergence:

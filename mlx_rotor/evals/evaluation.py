@@ -119,14 +119,5 @@ def row_of(x: Mapping[str, Any]) -> Row:
 
 
 def _quality(x: Mapping[str, Any]) -> Quality:
-    d = x["divergence"]
-    divergence = Divergence(
-        **{
-            **d,
-            "mean": Estimate(**d["mean"]),
-            "agreement": Estimate(**d["agreement"]),
-            "quarters": tuple(d["quarters"]),
-        }
-    )
     estimates = {name: Estimate(**x[name]) for name in ("source", "perplexity", "change")}
-    return Quality(**{**x, **estimates, "divergence": divergence})
+    return Quality(**{**x, **estimates, "divergence": Divergence.from_dict(x["divergence"])})

@@ -101,9 +101,6 @@ def _tally(x: Mapping[str, Any]) -> Tally:
 
 def _row(x: Mapping[str, Any]) -> Row:
     divergence, greedy = x["divergence"], x["greedy"]
-    if divergence is not None:
-        parts = {k: _estimate(v) if isinstance(v, dict) else v for k, v in divergence.items()}
-        divergence = _plain(Divergence, parts)
     plain = {k: x[k] for k in ("label", "path", "fingerprint", "weights", "kv", "is_reference", "seconds")}
     perplexity = _estimate(x["perplexity"])
     if perplexity is None:
@@ -112,7 +109,7 @@ def _row(x: Mapping[str, Any]) -> Row:
         **plain,
         perplexity=perplexity,
         change=_estimate(x["change"]),
-        divergence=divergence,
+        divergence=None if divergence is None else Divergence.from_dict(divergence),
         greedy=None if greedy is None else _plain(Greedy, greedy),
         needles={(n["length"], n["depth"]): _tally(n) for n in x["needles"]},
         chats={kind: _tally(t) for kind, t in x["chats"].items()},

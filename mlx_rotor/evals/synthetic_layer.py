@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import numpy as np
 
 from ..errors import RotorError
 from ..quant.job.workplace import check_disk
-from ..quant.safetensors_io import ITEMSIZE, ShardWriter
+from ..quant.plan import Output
+from ..quant.safetensors_io import ShardWriter
 
 DIMENSIONS: Mapping[str, Mapping[str, int]] = {
     "minimax": {
@@ -39,19 +39,6 @@ CHOSEN = 8  # experts a token goes to
 BLOCK = 128  # of the FP8 source, rows and columns
 SHARD_BYTES = 2_000_000_000
 POOL = 1 << 24  # random codes that tensors are cut from
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Of the checkpoint's files."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 def make_checkpoint(folder: Path, dimensions: str = "minimax", experts: int = 0) -> int:
@@ -86,7 +73,7 @@ def make_checkpoint(folder: Path, dimensions: str = "minimax", experts: int = 0)
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[Output]] = [[]]
     for tensor in every:
         if sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
             shards.append([])
@@ -106,33 +93,33 @@ def make_checkpoint(folder: Path, dimensions: str = "minimax", experts: int = 0)
     return total
 
 
-def tensors(dims: Mapping[str, int]) -> Iterator[Tensor]:
+def tensors(dims: Mapping[str, int]) -> Iterator[Output]:
     """Of a layer, the embeddings and the head, in the order of the files."""
     hidden, inter, vocab = dims["hidden_size"], dims["intermediate_size"], dims["vocab_size"]
     q, kv = (dims[k] * dims["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
 
-    def linear(name: str, rows: int, columns: int) -> Iterator[Tensor]:
-        yield Tensor(f"{name}.weight", "F8_E4M3", (rows, columns))
-        yield Tensor(f"{name}.weight_scale_inv", "F32", (-(-rows // BLOCK), -(-columns // BLOCK)))
+    def linear(name: str, rows: int, columns: int) -> Iterator[Output]:
+        yield Output(f"{name}.weight", "F8_E4M3", (rows, columns))
+        yield Output(f"{name}.weight_scale_inv", "F32", (-(-rows // BLOCK), -(-columns // BLOCK)))
 
-    yield Tensor("model.embed_tokens.weight", "BF16", (vocab, hidden))
+    yield Output("model.embed_tokens.weight", "BF16", (vocab, hidden))
     at = "model.layers.0"
     for norm, size in (("input_layernorm", hidden), ("post_attention_layernorm", hidden)):
-        yield Tensor(f"{at}.{norm}.weight", "BF16", (size,))
-    yield Tensor(f"{at}.self_attn.q_norm.weight", "BF16", (q,))
-    yield Tensor(f"{at}.self_attn.k_norm.weight", "BF16", (kv,))
+        yield Output(f"{at}.{norm}.weight", "BF16", (size,))
+    yield Output(f"{at}.self_attn.q_norm.weight", "BF16", (q,))
+    yield Output(f"{at}.self_attn.k_norm.weight", "BF16", (kv,))
     for name, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
         yield from linear(f"{at}.self_attn.{name}_proj", rows, columns)
-    yield Tensor(f"{at}.block_sparse_moe.gate.weight", "BF16", (dims["num_local_experts"], hidden))
-    yield Tensor(f"{at}.block_sparse_moe.e_score_correction_bias", "F32", (dims["num_local_experts"],))
+    yield Output(f"{at}.block_sparse_moe.gate.weight", "BF16", (dims["num_local_experts"], hidden))
+    yield Output(f"{at}.block_sparse_moe.e_score_correction_bias", "F32", (dims["num_local_experts"],))
     for expert in range(dims["num_local_experts"]):
         for name, rows, columns in (("w1", inter, hidden), ("w2", hidden, inter), ("w3", inter, hidden)):
             yield from linear(f"{at}.block_sparse_moe.experts.{expert}.{name}", rows, columns)
-    yield Tensor("model.norm.weight", "BF16", (hidden,))
-    yield Tensor("lm_head.weight", "BF16", (vocab, hidden))
+    yield Output("model.norm.weight", "BF16", (hidden,))
+    yield Output("lm_head.weight", "BF16", (vocab, hidden))
 
 
-def _contents(tensor: Tensor, rng: np.random.Generator, codes: np.ndarray) -> bytes:
+def _contents(tensor: Output, rng: np.random.Generator, codes: np.ndarray) -> bytes:
     """A tensor's bytes: weights of about 0.012 standard deviation."""
     count = prod(tensor.shape)
     if tensor.dtype == "F8_E4M3":

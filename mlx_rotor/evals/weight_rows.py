@@ -10,19 +10,18 @@ from typing import Any
 
 from ..errors import RotorError
 from ..quant import policy as policies
-from ..quant.budget import file_bytes
+from ..quant.budget import TooSmall, file_bytes
 from ..quant.job import dry_run
 from ..quant.recipe import BUNDLED, Recipe
 from ..quant.target import Budget
 from .domains import Domain
 from .evaluation import Row, compared, row_of
 from .machine import machine
-from .record import replace_text
+from .record import LOOSE, replace_text
 from .size import Size
 from .streamed import Streamed
 
 FORMAT, VERSION = "mlx_rotor weight quality", 1
-LISTED = ("uniform-2bit", "uniform-3bit", "uniform-4bit", "config-i", "jang-k")
 SOLVED = "rotor"
 CALIBRATED = "calibrated"
 METHODS = ("fast", "search", CALIBRATED)
@@ -86,7 +85,7 @@ def read(path: Path) -> Table:
         raise RotorError(f"{path}: not a file of weight quality ({e}); give another, or delete it") from e
 
 
-def ways(listed: Sequence[str] = LISTED, methods: Sequence[str] = METHODS, solved: str = SOLVED) -> list[Way]:
+def ways(listed: Sequence[str], methods: Sequence[str] = METHODS, solved: str = SOLVED) -> list[Way]:
     """Every listed policy, and the solved one at the size of each, by every method."""
     return [Way(*w) for p in listed for m in methods for w in ((p, m), (solved, m, p))]
 
@@ -114,6 +113,8 @@ def measure(
     for what in ("source", "texts", "size"):
         if getattr(table, what) != getattr(fresh, what):
             raise RotorError(f"{file} holds rows of another {what} ({getattr(table, what)}): give another file")
+    if any(table.machine.get(name) != fresh.machine[name] for name in fresh.machine.keys() - LOOSE):
+        raise RotorError(f"{file} holds rows of another machine ({table.machine}): give another file")
     left: list[Way] = []
     impossible: list[str] = []
     for way in wanted:
@@ -128,9 +129,7 @@ def measure(
             recipe = way.recipe(source, file.with_suffix(".sensitivities.json"))
             try:
                 plan, _ = dry_run(source, recipe.plan(source, progress))
-            except RotorError as e:
-                if not way.size_of:
-                    raise
+            except TooSmall as e:
                 impossible.append(f"{way.name}, {way.method}: {e}")
                 row_done()
                 continue

@@ -58,6 +58,12 @@ def test_a_file_of_something_else_is_refused(measured, tmp_path, monkeypatch):
         weight_rows.measure(MODEL, WAYS, bundled(), replace(SIZE, windows=3), file)
     with pytest.raises(RotorError, match="holds rows of another texts"):
         weight_rows.measure(MODEL, WAYS, bundled()[:1], SIZE, file)
+    moved = tmp_path / "moved.json"
+    replace(table, machine={**table.machine, "mlx": "0"}).write(moved)
+    with pytest.raises(RotorError, match="holds rows of another machine"):
+        weight_rows.measure(MODEL, WAYS, bundled(), SIZE, moved)
+    replace(table, machine={**table.machine, "date": "2000-01-01"}).write(moved)
+    assert weight_rows.measure(MODEL, WAYS[:2], bundled(), SIZE, moved)[0].rows == table.rows
     other = tmp_path / "model"
     with pytest.raises(RotorError, match="holds rows of another source"):
         weight_rows.measure(other / "b", WAYS, bundled(), SIZE, file)

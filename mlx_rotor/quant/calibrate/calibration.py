@@ -133,10 +133,6 @@ class Calibration:
         return self._walk
 
     @property
-    def tokens(self) -> np.ndarray:
-        return self._tokens
-
-    @property
     def disk(self) -> int:
         """Bytes that work files may still take: two generations of hidden states and what the experts take."""
         hidden = max((entry.shape[-1] for entry in self._plan.entries if entry.role == "embed"), default=0)

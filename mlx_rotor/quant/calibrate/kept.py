@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import RotorError
 from ..policy import Spec
 from ..safetensors_io import write_json
-from .spool import Spool
+from .spool import Spool, write_array
 
 STATE = "measured.json"
 SECONDS = 120.0  # between two states; of 62 layers, the last is 1.4 GB
@@ -76,15 +76,7 @@ class Keeper:
         if time.monotonic() - self._last < SECONDS:
             return
         path = self._path(layer)
-        temporary = path.with_name(path.name + ".tmp")
-        head = {"descr": "<f4", "fortran_order": False, "shape": (1 + len(modules), *base.shape)}
-        with open(temporary, "wb") as file:
-            np.lib.format.write_array_header_2_0(file, head)
-            for states in (base, *hidden):
-                file.write(np.ascontiguousarray(states, "<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_array(path, 1 + len(modules), (states[None] for states in chain([base], hidden)))
         rows = {m: [[s.bits, s.group_size, s.mode, ratio] for s, ratio in found.items()] for m, found in ratios.items()}
         state = {"job": self._job, "layer": layer, "modules": list(modules), "ratios": rows}
         write_json(self._folder / STATE, state)

@@ -36,18 +36,7 @@ class Spool:
 
     def write(self, layer: int, count: int, chunks: Iterable[np.ndarray]) -> None:
         """`chunks` of the `count` sequences, in order, each written before the next is asked for."""
-        path = self.path(layer)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            for number, chunk in enumerate(chunks):
-                if not number:
-                    head = {"descr": "<f4", "fortran_order": False, "shape": (count, *chunk.shape[1:])}
-                    np.lib.format.write_array_header_2_0(file, head)
-                file.write(np.ascontiguousarray(chunk, "<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(self.folder)
+        write_array(self.path(layer), count, chunks)
 
     def drop(self, before: int) -> None:
         """Deletes the inputs of layers before one."""
@@ -67,3 +56,19 @@ class Spool:
         self.drop_experts()
         for path in self.folder.glob("hidden-*"):
             path.unlink()
+
+
+def write_array(path: Path, count: int, chunks: Iterable[np.ndarray]) -> None:
+    """A .npy file, float32 [count, ..], whole or not there. `chunks` of its first dimension, in order, each written
+    before the next is asked for. OSError where it can't be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for number, chunk in enumerate(chunks):
+            if not number:
+                head = {"descr": "<f4", "fortran_order": False, "shape": (count, *chunk.shape[1:])}
+                np.lib.format.write_array_header_2_0(file, head)
+            file.write(np.ascontiguousarray(chunk, "<f4").data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)

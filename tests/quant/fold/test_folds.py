@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.utils
 import numpy as np
 import pytest
+from given import Given
 
 from mlx_rotor import demo
 from mlx_rotor.errors import RotorError
@@ -78,20 +79,6 @@ class Known:
 
     def peak(self, entry, part):
         return self.peaks.get(part, 1.0)
-
-
-class Seen(Unguided):
-    digest, disk = "seen", 0
-
-    def __init__(self, weights, statistics):
-        super().__init__(weights)
-        self.statistics = statistics
-
-    def describe(self):
-        return {}
-
-    def layer(self, number, entries):
-        return self.weights, self.statistics
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +205,7 @@ def test_factors():
 def test_what_is_chosen_lowers_the_error_and_is_exact(bundled, method, tmp_path):
     plan, checkpoint = bundled
     statistics = Known(2.0)
-    guide = Folding(Seen(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
+    guide = Folding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
     weights, seen = guide.layer(0, layer(plan, 0))
     chosen = {c.what.rpartition(".")[2]: c for c in guide.found[0].chosen}
     assert all(0 < c.alpha <= 1 and c.ratio < 0.99 for c in chosen.values())
@@ -235,9 +222,9 @@ def test_what_is_chosen_lowers_the_error_and_is_exact(bundled, method, tmp_path)
         assert after < before
     told = guide.describe()["folds"]
     assert {row["fold"].rpartition(".")[2] for row in told if row["layer"] == 0} == chosen.keys()
-    later = Folding(Seen(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
+    later = Folding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
     assert later.describe()["folds"] == told  # a job that goes on tells what the first run did, too
-    other = Folding(Seen(checkpoint, statistics), plan, "minimax_m2", method, tmp_path, norms=False)
+    other = Folding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path, norms=False)
     assert other.describe()["folds"] == []
 
 
@@ -245,14 +232,14 @@ def test_a_fold_that_is_not_exact_is_refused_before_the_job(bundled, monkeypatch
     plan, checkpoint = bundled
     short = tuple(replace(r, readers=tuple(x for x in r.readers if x != "router")) for r in READINGS)
     monkeypatch.setattr(folds, "READINGS", short)
-    guide = Folding(Seen(checkpoint, Known(2.0)), plan, "minimax_m2", "fast", tmp_path)
+    guide = Folding(Given(checkpoint, Known(2.0)), plan, "minimax_m2", "fast", tmp_path)
     with pytest.raises(RotorError, match="Some reader of the folded inputs is not known"):
         prove(guide, BUNDLED, plan, checkpoint, TOKENS)
 
 
 def test_inputs_that_are_alike_are_left_alone(bundled, tmp_path):
     plan, checkpoint = bundled
-    guide = Folding(Seen(checkpoint, Known(0.0)), plan, "minimax_m2", "search", tmp_path)
+    guide = Folding(Given(checkpoint, Known(0.0)), plan, "minimax_m2", "search", tmp_path)
     weights, _ = guide.layer(1, layer(plan, 1))
     assert guide.found[1].chosen == () and guide.describe()["folds"] == []
     entry = layer(plan, 1)[0]
@@ -261,12 +248,12 @@ def test_inputs_that_are_alike_are_left_alone(bundled, tmp_path):
 
 def test_what_lies_outside_the_layers_is_handed_on(bundled, tmp_path):
     plan, checkpoint = bundled
-    guide = Folding(Seen(checkpoint, Known(1.0)), plan, "minimax_m2", "search", tmp_path)
+    guide = Folding(Given(checkpoint, Known(1.0)), plan, "minimax_m2", "search", tmp_path)
     assert guide.layer(None, []) == (checkpoint, guide._guide.statistics)
     blind = Folding(Unguided(checkpoint), plan, "minimax_m2", "search", tmp_path)
     assert blind.layer(0, layer(plan, 0)) == (checkpoint, None)
     digests = [
-        Folding(Seen(checkpoint, None), plan, "minimax_m2", m, tmp_path, downs=d).digest
+        Folding(Given(checkpoint, None), plan, "minimax_m2", m, tmp_path, downs=d).digest
         for m in ("fast", "search")
         for d in (True, False)
     ]
@@ -276,8 +263,8 @@ def test_what_lies_outside_the_layers_is_handed_on(bundled, tmp_path):
 def test_clamped_experts_are_refused(bundled, tmp_path):
     plan, checkpoint = bundled
     with pytest.raises(RotorError, match=r"gpt_oss.*clamp"):
-        Folding(Seen(checkpoint, None), plan, "gpt_oss", "fast", tmp_path)
-    assert Folding(Seen(checkpoint, Known(0.0)), plan, "gpt_oss", "fast", tmp_path, downs=False).layer(0, [])
+        Folding(Given(checkpoint, None), plan, "gpt_oss", "fast", tmp_path)
+    assert Folding(Given(checkpoint, Known(0.0)), plan, "gpt_oss", "fast", tmp_path, downs=False).layer(0, [])
 
 
 def test_what_is_not_quantized_or_read_elsewhere_is_not_folded(bundled):
@@ -321,7 +308,7 @@ UNFIT = {
 
 def test_each_kind_of_layer_is_proved_on(tmp_path):
     plan, weights = make_plan(DENSE_FIRST, POLICY), Held(skeleton(DENSE_FIRST))
-    guide = Folding(Seen(weights, Known(0.0)), plan, "deepseek_v3", "fast", tmp_path)
+    guide = Folding(Given(weights, Known(0.0)), plan, "deepseek_v3", "fast", tmp_path)
     assert prove(guide, DENSE_FIRST, plan, weights, TOKENS) == (0, 1)
     assert {module.split(".")[2] for module, _ in guide.trial(1)} == {"1"}
 
@@ -329,6 +316,6 @@ def test_each_kind_of_layer_is_proved_on(tmp_path):
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_is_never_worth_folding_in_the_first_layers_is_proved_all_the_same(name, tmp_path):
     plan, weights = make_plan(UNFIT[name], POLICY), Held(skeleton(UNFIT[name]))
-    guide = Folding(Seen(weights, Known(0.0)), plan, name, "search", tmp_path)
+    guide = Folding(Given(weights, Known(0.0)), plan, name, "search", tmp_path)
     with pytest.raises(RotorError, match="folding changes the model"):
         prove(guide, UNFIT[name], plan, weights, TOKENS)

@@ -7,6 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from given import Given
 
 from mlx_rotor import demo
 from mlx_rotor.errors import RotorError
@@ -16,7 +17,6 @@ from mlx_rotor.quant.fold.folds import down_folds
 from mlx_rotor.quant.fold.guard import FLOAT16, Oversized, oversized, rescaling
 from mlx_rotor.quant.fold.proof import check
 from mlx_rotor.quant.fold.search import Folding
-from mlx_rotor.quant.guide import Unguided
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.source import Checkpoint
 
@@ -54,20 +54,6 @@ class Peaking:
         return self.peaks.get(part)
 
 
-class Guide(Unguided):
-    digest = "guide"
-
-    def __init__(self, weights, statistics):
-        super().__init__(weights)
-        self.statistics = statistics
-
-    def describe(self):
-        return {}
-
-    def layer(self, number, entries):
-        return self.weights, self.statistics
-
-
 def test_experts_above_float16_are_found_and_rescaled_exactly(plan, checkpoint, tmp_path):
     peaks = {1: 65504.0, 3: 65505.0, 7: 1e6}
     entries = [e for e in plan.entries if e.layer == 0]
@@ -78,7 +64,7 @@ def test_experts_above_float16_are_found_and_rescaled_exactly(plan, checkpoint, 
         assert np.log2(o.factor) % 1 == 0 and o.peak / o.factor <= FLOAT16 / 4 < 2 * o.peak / o.factor
     assert rescaling(fold, found).keys() == {3, 7}
 
-    guide = Folding(Guide(checkpoint, Peaking(peaks)), plan, "minimax_m2", "fast", tmp_path, rescale=True)
+    guide = Folding(Given(checkpoint, Peaking(peaks)), plan, "minimax_m2", "fast", tmp_path, rescale=True)
     weights, _ = guide.layer(0, entries)
     ratio = np.array(weights.read(fold.up, 7)) / np.array(checkpoint.read(fold.up, 7))
     np.testing.assert_array_equal(ratio[np.isfinite(ratio)], np.float32(1 / found[1].factor))
@@ -89,7 +75,7 @@ def test_experts_above_float16_are_found_and_rescaled_exactly(plan, checkpoint, 
 
 
 def test_without_being_asked_they_are_only_named(plan, checkpoint, tmp_path):
-    guide = Folding(Guide(checkpoint, Peaking({7: 1e6})), plan, "minimax_m2", "fast", tmp_path)
+    guide = Folding(Given(checkpoint, Peaking({7: 1e6})), plan, "minimax_m2", "fast", tmp_path)
     guide.layer(0, [])
     assert guide.found[0].large == (Oversized("model.layers.0.block_sparse_moe.switch_mlp.down_proj", 7, 1e6),)
     assert guide.found[0].scales == {} and guide.describe()["folds"][0]["rescaled_by"] == 1
@@ -99,7 +85,7 @@ def test_statistics_without_peaks_can_find_none(plan, checkpoint, tmp_path):
     class Squares:
         importance = hessian = lambda *_: None
 
-    guide = Folding(Guide(checkpoint, Squares()), plan, "minimax_m2", "fast", tmp_path, rescale=True)
+    guide = Folding(Given(checkpoint, Squares()), plan, "minimax_m2", "fast", tmp_path, rescale=True)
     with pytest.raises(RotorError, match="--calibration"):
         guide.layer(0, [])
 
