@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import RotorError
+from .host import formats as _formats
 
 if TYPE_CHECKING:
     from .host import (
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
         RotorQuantCache,
         TurboQuantCache,
         attach,
+        attach_experts,
         detach,
+        detach_experts,
         load,
         make_prompt_cache,
         verify,
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from .serve import patch_server
 
 __version__ = "0.1.0"
-SUBPACKAGES = ("cache", "codec", "demo", "evals", "host", "kernels", "models", "quant", "serve")
+SUBPACKAGES = ("cache", "codec", "demo", "evals", "experts", "host", "kernels", "models", "quant", "serve")
 __all__ = [
     "IsoQuantCache",
     "PlanarQuantCache",
@@ -30,12 +33,15 @@ __all__ = [
     "RotorQuantCache",
     "TurboQuantCache",
     "attach",
+    "attach_experts",
     "detach",
+    "detach_experts",
     "load",
     "make_prompt_cache",
     "patch_server",
     "verify",
 ]
+_formats.install()  # mlx_lm loads checkpoints in our formats from here on
 
 
 def __getattr__(name: str) -> Any:

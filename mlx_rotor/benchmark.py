@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from . import benchmark_weights, codec
+from . import benchmark_experts, benchmark_weights, codec
 from .cache import DEFAULT, EXACT, scheme
 from .command import positive, run, whole
 from .demo import held_out_text
@@ -54,10 +54,11 @@ def parser() -> argparse.ArgumentParser:
     parts = p.add_subparsers(dest="part", required=True, metavar="PART")
     k = parts.add_parser(
         "kernels",
-        help="bytes moved, line use and modelled time of the attention kernels, MLX's own beside them",
+        help="bytes moved, line use and modelled time of the kernels, MLX's own beside them",
         description="Runs the kernels in the Metal simulator of the source tree (x86-64 Linux) and counts. Times are "
         "those of a throughput model, never measurements; `mlx_rotor doctor --kernels` measures on a Mac.",
     )
+    k.add_argument("--part", dest="kernels", choices=("attention", "experts", "all"), default="all", help="(all)")
     k.add_argument("--schemes", default=",".join(PAIRS), help=f"comma-separated ({','.join(PAIRS)})")
     k.add_argument("--tokens", type=_list(positive), default=TOKENS, help="comma-separated (4096,16384)")
     k.add_argument("--heads", type=int, default=32, help="query heads, over 8 KV heads of 128 (32)")
@@ -105,20 +106,22 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
     if args.heads < traffic.KV_HEADS or args.heads > 8 * traffic.KV_HEADS or args.heads % traffic.KV_HEADS:
         raise RotorError(f"--heads {args.heads}: a multiple of 8 from 8 to 64, one query row being up to 8 a KV head")
     jobs: list[Callable[[], traffic.Row]] = []
-    for n in tokens:
+    attention, experts = args.kernels != "experts", args.kernels != "attention"
+    for n in tokens if attention else ():
         jobs.append(partial(traffic.stock, n, heads=args.heads))
         for name in args.schemes.split(","):
             parsed = scheme.parse(name)
             if parsed is None:
                 raise RotorError(f"{name}: nothing is packed; the row sdpa_vector is exact attention")
             jobs.append(partial(traffic.decode, (parsed.k, parsed.v), n, heads=args.heads))
-    jobs += [partial(traffic.encode, name, min(tokens)) for name in ENCODED]
+    jobs += [partial(traffic.encode, name, min(tokens)) for name in ENCODED if attention]
     traffic.simulator()
     rows = [job() for job in tqdm(jobs, disable=True if args.json else None, dynamic_ncols=True)]
-    if not args.json:
+    if rows and not args.json:
         _print_traffic(rows)
         _print_operations(rows)
-    return {"rows": [row.facts() for row in rows]}
+    found: dict[str, Any] = {"rows": [row.facts() for row in rows]} if attention else {}
+    return found | (benchmark_experts.measure(args.json) if experts else {})
 
 
 def _codecs(args: argparse.Namespace) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def add(parts: Any) -> None:
     w.add_argument("--model", default=str(demo.MODEL), help="the source (bundled model)")
     w.add_argument("--policies", default=POLICIES, help=f"comma-separated ({POLICIES})")
     w.add_argument("--fits", default=METHODS, help=f"comma-separated ({METHODS})")
+    w.add_argument("--listed-only", action="store_true", help="leave out the solved policy at the size of each")
     w.add_argument("--windows", type=positive, default=12, help="of each text (12)")
     w.add_argument("--window", type=positive, default=384, help="tokens in each (384)")
     w.add_argument("--json-out", type=Path, required=True, metavar="FILE", help="where rows are kept")
@@ -102,7 +103,8 @@ def _weights(args: argparse.Namespace) -> dict[str, Any]:
     methods = args.fits.split(",")
     if unknown := sorted(set(methods) - set(weight_rows.METHODS)):
         raise RotorError(f"--fits {unknown[0]}: there is {', '.join(weight_rows.METHODS)}")
-    wanted = weight_rows.ways(args.policies.split(","), methods)
+    solved = "" if args.listed_only else weight_rows.SOLVED
+    wanted = weight_rows.ways(args.policies.split(","), methods, solved)
     size = Size(args.windows, args.window, needles=0, lengths=(), depths=(), chats=0)
     with tqdm(total=len(wanted), disable=True if args.json else None, dynamic_ncols=True) as bar:
 

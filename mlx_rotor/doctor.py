@@ -16,6 +16,7 @@ from .errors import RotorError
 
 if TYPE_CHECKING:
     from .evals.diagnosis import Diagnosis
+    from .evals.expert_speed import ExpertTiming
     from .evals.kernel_check import Outcome
     from .evals.kernel_speed import Timing
 
@@ -35,10 +36,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kernels",
         action="store_true",
-        help="compile kernels on this GPU, check them against their twins, time attention against fp16; a kernel that "
-        "fails is refused from then on",
+        help="compile kernels on this GPU, check them against their twins, time attention against fp16 and experts "
+        "against mlx_lm's; a kernel that fails is refused from then on, and --experts auto leaves out what was slower",
     )
-    p.add_argument("--thorough", action="store_true", help="with --kernels: every codec, head dimension and dtype")
+    p.add_argument(
+        "--thorough", action="store_true", help="with --kernels: every codec, head dimension, weight format and dtype"
+    )
     p.add_argument("--no-timing", action="store_true", help="with --kernels: only check")
     p.add_argument(
         "--output", type=Path, metavar="FILE", help=f"write all that was found as JSON (with --kernels: {OUTPUT})"
@@ -82,35 +85,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kernels(a: argparse.Namespace) -> dict[str, Any]:
-    """Checks, stores the verdicts, times."""
-    from .evals import kernel_check, kernel_plan, kernel_speed
+    """Checks, times, stores the verdicts on both."""
+    from .evals import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
     from .kernels import verdicts
 
     verdicts.failures()  # a file that can't be read is better known before minutes of checks
-    every = kernel_plan.every()
-    plan = every if a.thorough else kernel_plan.quick()
-    outcomes = []
+    every = [*kernel_plan.every(), *expert_check.every()]
+    plan = every if a.thorough else [*kernel_plan.quick(), *expert_check.quick()]
+    outcomes: list[Outcome] = []
     with tqdm(plan, unit="kernel", dynamic_ncols=True) as bar:
         for check in bar:
             bar.set_description(check.name)
-            outcomes.append(kernel_check.run(check))
+            of_experts = isinstance(check, expert_check.ExpertCheck)
+            outcomes.append(expert_check.run(check) if of_experts else kernel_check.run(check))
     kernel_check.record(outcomes)
     if not a.json:
         _print_checks(outcomes, len(every))
     timings: list[Timing] = []
+    expert_timings: list[ExpertTiming] = []
     if not a.no_timing:
         with tqdm(kernel_speed.cells(), unit="length", dynamic_ncols=True) as bar:
             for scheme, heads, tokens in bar:
                 bar.set_description(f"{scheme}, {heads} heads, {tokens} tokens")
                 timings.append(kernel_speed.measure(scheme, heads, tokens))
+        with tqdm(expert_speed.cells(), unit="layer", dynamic_ncols=True) as layers:
+            for model, triple in layers:
+                layers.set_description(f"experts of {model.name}")
+                expert_timings += expert_speed.measure(model, triple)
+        expert_speed.record(expert_timings)
         if not a.json:
             _print_timings(timings)
+            _print_experts(expert_timings)
     return {
         "checked": len(outcomes),
         "of": len(every),
         "failed": sum(not o.passed for o in outcomes),
         "checks": [o.to_dict() for o in outcomes],
         "timings": [t.to_dict() for t in timings],
+        "expert_timings": [t.to_dict() for t in expert_timings],
     }
 
 
@@ -160,6 +172,18 @@ def _print_timings(timings: Sequence[Timing]) -> None:
         else:
             rows.append([*row, f"{t.fp16_ms:.3f}", f"{t.ours_ms:.3f}", f"{t.ratio:.2f}"])
     _table(["scheme", "query heads", "tokens", "fp16 ms", "ours ms", "fp16 / ours"], rows)
+
+
+def _print_experts(timings: Sequence[ExpertTiming]) -> None:
+    print("\nA layer's experts for so many new tokens, bf16, medians; gate + up + down, hidden x intermediate size")
+    rows = []
+    for t in timings:
+        row = [t.model, t.key, str(t.rows)]
+        if t.stock_ms is None or t.fused_ms is None or t.ratio is None:
+            rows.append([*row, "skipped:", t.skipped, ""])
+        else:
+            rows.append([*row, f"{t.stock_ms:.3f}", f"{t.fused_ms:.3f}", f"{t.ratio:.2f}"])
+    _table(["model", "weights", "tokens", "stock ms", "fused ms", "stock / fused"], rows)
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

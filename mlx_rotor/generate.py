@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import attach, load, make_prompt_cache
     from .host import prompting
     from .host.attachment import stock_cache
+    from .host.experts import attach_experts, mode_of_draft
     from .host.generation import Stats, stock_sampler, stream
     from .host.prompt_files import fit_prompt_cache, read_prompt_cache
     from .host.report import describe
@@ -89,10 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         caches = fit_prompt_cache(args.prompt_cache_file, caches, model, scheme, args.max_kv_size)
     draft_caches = stock_cache(draft) if draft is not None else []
+    experts = attach_experts(model, args.experts)
+    drafts = attach_experts(draft, mode_of_draft(args.experts)) if draft is not None else None
     talk = args.verbose and not args.json
-    stats = Stats(scheme.name if scheme else "exact", caches)
+    stats = Stats(scheme.name if scheme else "exact", caches, experts)
     if talk:
-        print(f"KV cache {stats.kv_scheme}: {describe(caches)}\n{'=' * 10}", flush=True)
+        lines = [f"KV cache {stats.kv_scheme}: {describe(caches)}"]
+        lines += [f"Experts: {experts.describe()}"] if experts.layers else []
+        lines += [f"The draft model's experts: {drafts.describe()}"] if drafts and drafts.layers else []
+        print("\n".join([*lines, "=" * 10]), flush=True)
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
         "sampler": stock_sampler(args, tokenizer),

@@ -1,4 +1,4 @@
-"""mlx_lm's flags with those that choose a KV scheme, the same in every command that runs a model."""
+"""mlx_lm's flags with those for the KV scheme and the experts, the same in every command that runs a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from .errors import RotorError
 
 PARTS = ("kv_sinks", "kv_ring", "kv_protect_layers")
+EXPERTS = ("auto", "fused", "stock")
 
 
 def completed(parser: argparse.ArgumentParser, command: str, description: str) -> argparse.ArgumentParser:
-    """A parser of mlx_lm's as that of `command`: the bundled model is the default, and a scheme's flags are added."""
+    """A parser of mlx_lm's as that of `command`: the bundled model is the default, and ours are added."""
     from .cache import DEFAULT
 
     parser.prog, parser.description = f"mlx_rotor {command}", description
@@ -27,6 +28,9 @@ def completed(parser: argparse.ArgumentParser, command: str, description: str) -
     kv.add_argument("--kv-sinks", type=int, metavar="N", help="first tokens kept exact (default: 4)")
     kv.add_argument("--kv-ring", type=int, metavar="N", help="recent tokens kept exact (default: 128)")
     kv.add_argument("--kv-protect-layers", type=int, metavar="N", help="end layers one codec step up (default: 2)")
+    experts = parser.add_argument_group("experts of mixture-of-experts models")
+    what = "fused: our kernels; stock: mlx_lm's own way; auto (the default): fused where it is known to run and to pay"
+    experts.add_argument("--experts", choices=EXPERTS, default=EXPERTS[0], help=what)
     return parser
 
 

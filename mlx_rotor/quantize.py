@@ -15,6 +15,7 @@ from .memory.room import Room, missing
 from .quant import check, upload
 from .quant import policy as policies
 from .quant.budget import TooSmall, report
+from .quant.fit.lloyd import NOTE
 from .quant.job import Result, dry_run, finished, quantize
 from .quant.job.manifest import PROVENANCE, digest
 from .quant.job.workplace import check_disk, check_out, occupied
@@ -22,7 +23,7 @@ from .quant.plan import Plan
 from .quant.recipe import Recipe
 from .quant.source import locate
 from .quantize_options import BASELINES, check_mode, parser, recipe
-from .quantize_output import facts, plan_table, result_lines
+from .quantize_output import facts, lengthened, plan_table, result_lines
 from .quantize_progress import Bars
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_place(args, plan)
         _dry_run(args, asked, plan, source_bytes)
         return 0
+    for note in asked.notes(plan):
+        print(f"note: {note}", file=sys.stderr)
     done = _finished(args, asked, plan)
     if done is None:
         _check_place(args, plan)
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if done is None:
         print(plan_table(result.plan, result.source_bytes))
-        print(result_lines(result, made["calibration"] or {}))
+        print(result_lines(result, made["calibration"] or {}, made["files"]))
     if args.card:
         print(f"card    {args.out / 'README.md'}")
     if url:
@@ -140,12 +143,16 @@ def _dry_run(args: argparse.Namespace, asked: Recipe, plan: Plan, source_bytes: 
     if args.report:
         rows.append(report.summarise("asked for", plan, fit=asked.fit, shard_bytes=asked.shard_bytes))
     if args.json:
-        told = {"report": [row.facts() for row in rows], "left_out": left_out}
+        told: dict[str, Any] = {"report": [row.facts() for row in rows], "left_out": left_out}
+        told["notes"] = asked.notes(plan)
         print(json.dumps(facts(args.model, plan, source_bytes) | told, indent=2))
         return
     print(plan_table(plan, source_bytes))
+    for note in asked.notes(plan):
+        print(f"note    {note}")
     if rows:
         print(f"\n{report.table(rows)}\n\nerror: relative squared error of Gaussian weights, mean over experts")
+        print(f"{NOTE}\n" if lengthened(plan) else "", end="")
         print("".join(f"left out: {line}\n" for line in left_out), end="")
 
 

@@ -11,12 +11,17 @@ import pytest
 import metal_sim
 from mlx_rotor import RotorError, codec, demo, doctor
 from mlx_rotor.command import run
-from mlx_rotor.evals import kernel_check, kernel_plan, kernel_speed
+from mlx_rotor.evals import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
+from mlx_rotor.evals.expert_check import ExpertCheck
+from mlx_rotor.evals.expert_speed import ExpertTiming
 from mlx_rotor.evals.kernel_plan import Check
+from mlx_rotor.experts import formats as weights
 from mlx_rotor.host import versions
 from mlx_rotor.kernels import metal, verdicts
 
 CHECKS = [Check("encode", "turbo4", "turbo4", 64, mx.float16), Check("rotate", "turbo4", "turbo4", 64, mx.float16)]
+EXPERTS = [ExpertCheck("route, mixtral", None, mx.float16), ExpertCheck("down, 1 row", ("lloyd", 3, 64), mx.bfloat16)]
+KEY = "affine4:64+affine4:64+affine4:64 2048x768"
 simulated = pytest.mark.skipif(not metal_sim.SUPPORTED, reason=metal_sim.UNSUPPORTED)
 
 
@@ -41,6 +46,10 @@ def metal_backend(monkeypatch):
     # The simulator is a million times slower than what this times; its own test measures.
     monkeypatch.setattr(kernel_speed, "cells", lambda: [("turbo4v2", 32, 1024), ("turbo4v2", 32, 2048)])
     monkeypatch.setattr(kernel_speed, "measure", timing)
+    monkeypatch.setattr(expert_check, "quick", lambda: EXPERTS)
+    monkeypatch.setattr(expert_check, "Size", functools.partial(expert_check.Size, rows=32, columns=128))
+    monkeypatch.setattr(expert_speed, "cells", lambda: [(expert_speed.MODELS[1], ())])
+    monkeypatch.setattr(expert_speed, "measure", expert_timings)
     metal.use_maker(metal_sim.Kernel)
     yield metal.use_maker
     metal.use_maker(None)
@@ -52,13 +61,23 @@ def timing(scheme, heads, tokens):
     return kernel_speed.Timing(scheme, heads, tokens, 3.0, 2.0)
 
 
+def expert_timings(model, triple):
+    return [
+        ExpertTiming(model.name, KEY, 1, 3.0, 1.5),
+        ExpertTiming(model.name, KEY, 4, 1.0, 1.25),
+        ExpertTiming(model.name, KEY, 8, skipped="needs 9 GB, 1 GB free"),
+    ]
+
+
 def test_the_default_says_what_runs_where_and_why(capsys, place):
     assert run(doctor.main, []) == 0
     out = capsys.readouterr().out
     assert "mlx 0." in out and "mlx_lm 0." in out and "GiB of memory" in out
-    for operation in ("encode", "attend, decode", "attend, prefill", "rotate", "dequantize"):
+    operations = ("encode", "attend, decode", "attend, prefill", "rotate", "dequantize")
+    experts = ("experts, route", "experts, gate and up", "experts, down", "experts, many rows", "packed weights")
+    for operation in operations + experts:
         assert f"| {operation} " in out
-    assert out.count("| reference |") == 5 and "WRONG" not in out
+    assert out.count("| reference |") == 10 and "WRONG" not in out
     assert "ok    mlx_lm " in out and "ok    bundled model " in out
     assert list(place.iterdir()) == []
 
@@ -109,16 +128,24 @@ def test_what_is_wrong_is_said_and_sets_the_status(break_it, says, capsys, monke
 def test_kernels_that_pass(metal_backend, capsys, place):
     assert run(doctor.main, ["--kernels"]) == 0
     captured = capsys.readouterr()
-    assert f"2 of {len(kernel_plan.every())} kernels checked (--thorough: all)" in captured.out
-    assert "| encode | 1/1 " in captured.out and "FAILED" not in captured.out
+    every = len(kernel_plan.every()) + len(expert_check.every())
+    assert f"4 of {every} kernels checked (--thorough: all)" in captured.out
+    assert (
+        "| encode         | 1/1 " in captured.out
+        and "| down, 1 row    | 1/1 " in captured.out
+        and "FAILED" not in captured.out
+    )
     assert "| turbo4v2 | 32          | 1,024  | 3.000    | 2.000 " in captured.out and "needs 9 GB" in captured.out
     assert CHECKS[0].name in captured.err, "a progress bar names the kernel"
     assert "| metal   | MLX_ROTOR_BACKEND=metal; attention/encode.h" in captured.out
     kernels = json.loads((place / "doctor.json").read_text())["kernels"]
-    assert [c["check"] for c in kernels["checks"]] == [c.name for c in CHECKS]
-    assert (kernels["checked"], kernels["failed"], kernels["of"]) == (2, 0, len(kernel_plan.every()))
+    assert [c["check"] for c in kernels["checks"]] == [c.name for c in CHECKS + EXPERTS]
+    assert (kernels["checked"], kernels["failed"], kernels["of"]) == (4, 0, every)
     assert [t["ratio"] for t in kernels["timings"]] == [1.5, None]
-    assert not verdicts.path().exists()
+    assert [t["ratio"] for t in kernels["expert_timings"]] == [2.0, 0.8, None]
+    assert f"| Qwen3-30B-A3B | {KEY} | 1      | 3.000    | 1.500 " in captured.out
+    assert verdicts.failures() == () and "WRONG" not in captured.out
+    assert [verdicts.prefers_stock(KEY, rows) is None for rows in (1, 2, 3, 4, 8)] == [True, True, False, False, True]
 
 
 @simulated
@@ -142,6 +169,29 @@ def test_a_kernel_that_fails_is_reported_and_refused_until_it_passes(metal_backe
     metal_backend(metal_sim.Kernel)
     assert run(doctor.main, ["--kernels", "--no-timing", "--json"]) == 0
     verdicts.refuse("encode", mx.float16, codec.get("turbo4", 64))
+
+
+@simulated
+@pytest.mark.parametrize(
+    ("kernel", "refused", "formats"),
+    [("route", ("route", mx.float16), ()), ("down", ("down", mx.bfloat16), ("lloyd3:64",))],
+)
+def test_expert_kernels_that_fail_are_left_alone(kernel, refused, formats, metal_backend, capsys):
+    def broken(name, **text):
+        made = metal_sim.Kernel(name=name, **text)
+        return lambda **launch: [out + 1 for out in made(**launch)] if kernel in name else made(**launch)
+
+    metal_backend(broken)
+    assert run(doctor.main, ["--kernels", "--no-timing"]) == 1
+    assert f"FAILED {kernel}, " in capsys.readouterr().out
+    (failure,) = verdicts.failures()
+    assert (failure.operation, failure.codecs) == (kernel, formats)
+    operation, dtype = refused
+    with pytest.raises(RotorError, match=failure.check):
+        verdicts.refuse_weights(operation, dtype, *[weights.get("lloyd", 3, 64) for _ in formats])
+    assert failure.check in verdicts.prefers_stock("lloyd3:64+lloyd3:64+lloyd3:64 512x128", 1)
+    other = verdicts.prefers_stock("affine4:64+affine4:64+affine4:64 512x128", 1)
+    assert (other is None) == (kernel == "down"), "routing is part of all"
 
 
 @pytest.mark.parametrize(

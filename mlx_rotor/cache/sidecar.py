@@ -100,23 +100,29 @@ def _layers(given: Any, where: str) -> tuple[tuple[str, str], ...]:
     return tuple((layer["k"], layer["v"]) for layer in given)
 
 
+def text(sidecar: Sidecar, where: str = "") -> str:
+    """What a file of it holds. Raises RotorError for an impossible sidecar, as `check`."""
+    check(sidecar, where or sidecar.name)
+    data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": sidecar.name}
+    data |= {part: value for part in ("sinks", "ring") if (value := getattr(sidecar, part)) is not None}
+    data |= {"model": sidecar.model} if sidecar.model else {}
+    data |= {"layers": [{"k": k, "v": v} for k, v in sidecar.layers]}
+    data |= {"made": dict(sidecar.made)} if sidecar.made else {}
+    return json.dumps(data, indent=1) + "\n"
+
+
 def write(path: str | Path, sidecar: Sidecar) -> None:
     """Writes the file whole or not at all: what was there before stays until the new one is complete.
 
     Raises:
         RotorError: an impossible sidecar, or a place that can't be written.
     """
-    check(sidecar, str(path))
-    data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": sidecar.name}
-    data |= {part: value for part in ("sinks", "ring") if (value := getattr(sidecar, part)) is not None}
-    data |= {"model": sidecar.model} if sidecar.model else {}
-    data |= {"layers": [{"k": k, "v": v} for k, v in sidecar.layers]}
-    data |= {"made": dict(sidecar.made)} if sidecar.made else {}
+    contents = text(sidecar, str(path))
     target = Path(path)
     temporary = target.with_name(target.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -12,6 +12,8 @@ from typing import Any
 
 from ..cache import DEFAULT
 from ..errors import RotorError
+from ..experts import formats
+from ..quant.fit.lloyd import NOTE
 from ..quant.job.manifest import PROVENANCE
 from ..quant.safetensors_io import write_json
 from ..quant.source import is_repository
@@ -80,7 +82,21 @@ class Card:
         )
         return (
             f"# {self.name}\n\n{source} quantized by mlx_rotor {made['mlx_rotor']}, policy `{policy['name']}`{about}."
-            f" The files are MLX's own format: stock `mlx_lm` reads them. GB are 10⁹ bytes, GiB 2³⁰.\n\n{table}"
+            f" {self._readers()} GB are 10⁹ bytes, GiB 2³⁰.\n\n{table}"
+        )
+
+    @property
+    def _formats(self) -> list[str]:
+        """Modes of its weights that MLX doesn't have."""
+        modes = {row["spec"]["mode"] for row in self.made["plan"] if row["spec"]}
+        return [mode for mode in formats.ours() if mode in modes]
+
+    def _readers(self) -> str:
+        if not self._formats:
+            return "The files are MLX's own format: stock `mlx_lm` reads them."
+        return (
+            f"Some weights are in formats that MLX does not have ({', '.join(self._formats)}): `mlx_rotor` reads them,"
+            " and so does `mlx_lm` with `--trust-remote-code`, slowly; mlx-swift-lm does not."
         )
 
     def _stored(self) -> str:
@@ -100,7 +116,8 @@ class Card:
             how = f"with calibration ({facts})"
         errors = {role: e for role, e in self.made["relative_error"].items() if e}
         said = ", ".join(f"{role} {e:.2%}" for role, e in errors.items())
-        tail = f"\n\n|w − stored| / |w| by role: {said}." if said else ""
+        note = f" ({NOTE})" if "lloyd" in self._formats else ""
+        tail = f"\n\n|w − stored| / |w| by role: {said}{note}." if said else ""
         return f"## How it was fitted\n\nFit `{self.made['fit']}`, {how}.{tail}"
 
     def _quality(self) -> str:
@@ -142,11 +159,12 @@ class Card:
         return f"{head}{_table(rows, numbers=range(3, 6 + 3 * len(names)))}\n\n{note}"
 
     def _run(self) -> str:
+        trust = " --trust-remote-code" if self._formats else ""
         return f"""## Run it
 
 ```bash
 pip install mlx-lm mlx_rotor
-mlx_lm.generate --model {self.name} --prompt "Hello"
+mlx_lm.generate --model {self.name}{trust} --prompt "Hello"
 python -m mlx_rotor.generate --model {self.name} --prompt "Hello" --kv {DEFAULT}
 python -m mlx_rotor.server --model {self.name} --kv {DEFAULT}
 ```

@@ -22,6 +22,11 @@ OPERATIONS = {
     "attend, prefill": ("attend", "attention/prefill.h"),
     "dequantize": ("dequantize", "attention/dequantize.h"),
     "rotate": ("attend", "attention/rotate.h"),
+    "experts, route": ("route", "experts/route.h"),
+    "experts, gate and up": ("gate_up", "experts/gate_up.h"),
+    "experts, down": ("down", "experts/down.h"),
+    "experts, many rows": ("gather", "experts/gather.h"),
+    "packed weights": ("matmul", "experts/matvec.h"),
 }
 MODEL_FILES = ("config.json", "tokenizer.json")
 

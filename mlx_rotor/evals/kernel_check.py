@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -43,11 +43,35 @@ class Size:
     heads: int = 2
 
 
+Verdict = tuple[bool, float | None, float | None, str]
+
+
+class AnyCheck(Protocol):
+    """What is known of a check, of whatever kernel."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def operation(self) -> str: ...
+
+    @property
+    def dtype_name(self) -> str: ...
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """`error` is on the scale of `tolerance`, None where the kernel gave nothing; `note` says more, or why."""
 
-    check: Check
+    check: AnyCheck
     passed: bool
     error: float | None
     tolerance: float | None
@@ -57,15 +81,14 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         c = self.check
         return {
-            **{"check": c.name, "operation": c.operation, "k": c.k, "v": c.v, "dim": c.dim, "dtype": c.dtype_name},
+            **{"check": c.name, "operation": c.operation, **c.facts(), "dtype": c.dtype_name},
             **{"passed": self.passed, "error": self.error, "tolerance": self.tolerance, "note": self.note},
             "seconds": round(self.seconds, 3),
         }
 
     def failure(self) -> verdicts.Failure:
         c = self.check
-        ids = dict.fromkeys(f"{name}@{c.dim}" for name in (c.k, c.v))
-        return verdicts.Failure(c.name, c.operation, tuple(ids), c.dtype_name)
+        return verdicts.Failure(c.name, c.operation, c.reads, c.dtype_name)
 
 
 def run(check: Check, size: Size | None = None) -> Outcome:
@@ -74,12 +97,17 @@ def run(check: Check, size: Size | None = None) -> Outcome:
     Raises:
         RotorError: if the kernels' backend is not Metal: a twin would be compared with itself.
     """
+    return outcome(check, lambda: CHECKS[check.kind.partition(",")[0]](check, size or Size()))
+
+
+def outcome(check: AnyCheck, made: Callable[[], Verdict]) -> Outcome:
+    """What `made` finds of `check`. Raises as `run`."""
     if kernels.backend() != "metal":
         raise RotorError(f"kernels are checked on the metal backend, and this is {kernels.backend()}")
     started = time.perf_counter()
     try:
         with verdicts.ignored():
-            passed, error, tolerance, note = CHECKS[check.kind.partition(",")[0]](check, size or Size())
+            passed, error, tolerance, note = made()
     except Exception as e:
         lines = [line for line in str(e).splitlines() if line.strip()]
         passed, error, tolerance, note = False, None, None, f"{type(e).__name__}: {' '.join(lines)[:500]}"
@@ -91,15 +119,12 @@ def record(outcomes: Sequence[Outcome]) -> None:
     verdicts.record([o.check.name for o in outcomes], [o.failure() for o in outcomes if not o.passed])
 
 
-Verdict = tuple[bool, float | None, float | None, str]
-
-
 def _encode(check: Check, size: Size) -> Verdict:
     """Words and scales, bit for bit; where a few differ, the distortion decides. With means, from inside a group on."""
     made = codec.get(check.k, check.dim)
     first, span = (TILE, SPAN) if check.kind in CENTRED else (0, 0)
     # Heads inside tokens, as projections give them.
-    x = _normal(check.name, 1, size.encoded, size.heads, check.dim).astype(check.dtype).swapaxes(1, 2)
+    x = normal(check.name, 1, size.encoded, size.heads, check.dim).astype(check.dtype).swapaxes(1, 2)
     mean = _means(check.name, check.dim, size.heads, first + size.encoded, span) if span else None
     got = kernels.encode(made, x, mean, first=first, span=span)
     mx.eval(got)
@@ -139,7 +164,7 @@ def _attend(check: Check, size: Size) -> Verdict:
 
     def make(what: str, n: int, heads: int) -> mx.array:
         """[1, heads, n, dim], heads inside tokens and room behind them, as in a cache's buffers."""
-        x = _normal(f"{check.name} {what}", 1, n + 3, heads, check.dim).astype(check.dtype)
+        x = normal(f"{check.name} {what}", 1, n + 3, heads, check.dim).astype(check.dtype)
         return x.swapaxes(1, 2)[:, :, :n]
 
     sinks, recent = (
@@ -167,7 +192,7 @@ def _attend(check: Check, size: Size) -> Verdict:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.attend(q.astype(mx.float32), runs, **how)
-    return _compared(got, want, check.dtype, ATTEND_TOLERANCE)
+    return compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
 def _dequantize(check: Check, size: Size) -> Verdict:
@@ -177,21 +202,21 @@ def _dequantize(check: Check, size: Size) -> Verdict:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.dequantize(side, 5, size.packed - 3, mx.float32)
-    return _compared(got, want, check.dtype, VECTOR_TOLERANCE)
+    return compared(got, want, check.dtype, VECTOR_TOLERANCE)
 
 
 def _rotate(check: Check, size: Size) -> Verdict:
     """There, and back from there: the worse of both."""
     made = codec.get(check.k, check.dim)
     assert made.kernel is not None
-    x = _normal(check.name, 1, size.encoded, size.heads, check.dim).astype(check.dtype).swapaxes(1, 2)
+    x = normal(check.name, 1, size.encoded, size.heads, check.dim).astype(check.dtype).swapaxes(1, 2)
     both = []
     for inverse, twin in ((False, made.rotate), (True, made.unrotate)):
         got = rotate_metal(made.kernel, x, inverse=inverse, dtype=check.dtype)
         mx.eval(got)
         with mx.stream(mx.cpu):
             want = twin(x.astype(mx.float32))
-        both.append(_compared(got, want, check.dtype, VECTOR_TOLERANCE))
+        both.append(compared(got, want, check.dtype, VECTOR_TOLERANCE))
     return max(both, key=lambda verdict: (not verdict[0], verdict[1] or 0))
 
 
@@ -204,7 +229,7 @@ CHECKS: dict[str, Callable[[Check, Size], Verdict]] = {
 }
 
 
-def _compared(got: mx.array, want: mx.array, dtype: mx.Dtype, tolerances: dict[mx.Dtype, float]) -> Verdict:
+def compared(got: mx.array, want: mx.array, dtype: mx.Dtype, tolerances: dict[mx.Dtype, float]) -> Verdict:
     if got.shape != want.shape or got.dtype != dtype:
         return False, None, None, f"{got.dtype} {got.shape} instead of {dtype} {want.shape}"
     with mx.stream(mx.cpu):
@@ -215,7 +240,7 @@ def _compared(got: mx.array, want: mx.array, dtype: mx.Dtype, tolerances: dict[m
     return passed, error if np.isfinite(error) else None, tolerance, "" if np.isfinite(a).all() else "NaN or infinity"
 
 
-def _normal(seed: str, *shape: int) -> mx.array:
+def normal(seed: str, *shape: int) -> mx.array:
     """float32, the same for a seed on every machine."""
     rng = np.random.default_rng(zlib.crc32(seed.encode()))
     return mx.array(rng.standard_normal(shape).astype(np.float32))
@@ -223,7 +248,7 @@ def _normal(seed: str, *shape: int) -> mx.array:
 
 def _means(seed: str, dim: int, heads: int, tokens: int, span: int) -> mx.array:
     """float16 [1, heads, groups, dim]; a span of 0 is one group."""
-    return _normal(f"{seed} means", 1, heads, -(-tokens // span) if span else 1, dim).astype(mx.float16)
+    return normal(f"{seed} means", 1, heads, -(-tokens // span) if span else 1, dim).astype(mx.float16)
 
 
 @lru_cache(maxsize=8)
@@ -232,7 +257,7 @@ def _side(name: str, dim: int, heads: int, tokens: int, span: int | None = None)
     holds what no token ever had: nobody may read it."""
     made, mean = codec.get(name, dim), None
     with mx.stream(mx.cpu):
-        x = _normal(f"{name} {dim}", 1, heads, tokens, dim)
+        x = normal(f"{name} {dim}", 1, heads, tokens, dim)
         if span is not None and made.scaled:
             mean = _means(name, dim, heads, tokens, span)
             x = x + made.unrotate(spread(mean, 0, tokens, span))

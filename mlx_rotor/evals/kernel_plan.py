@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -55,6 +56,14 @@ class Check:
     def name(self) -> str:
         codecs = self.k if self.k == self.v else f"{self.k}/{self.v}"
         return f"{self.kind}: {codecs}, {self.dim} x {self.dtype_name}"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the kernel reads, as verdicts name it."""
+        return tuple(dict.fromkeys(f"{name}@{self.dim}" for name in (self.k, self.v)))
+
+    def facts(self) -> dict[str, Any]:
+        return {"k": self.k, "v": self.v, "dim": self.dim}
 
 
 def every() -> list[Check]:

@@ -147,10 +147,10 @@ def _milliseconds(query_heads: int, layers: Sequence[Attention]) -> float:
 
     for _ in range(WARM_UP):
         once()
-    return 1e3 * statistics.median(_bounded(once)) / CHAIN
+    return 1e3 * statistics.median(bounded(once)) / CHAIN
 
 
-def _bounded(once: Callable[[], float]) -> Iterator[float]:
+def bounded(once: Callable[[], float]) -> Iterator[float]:
     """REPEATS times, fewer (3 at least) where that takes longer than SECONDS."""
     end = time.perf_counter() + SECONDS
     for i in range(REPEATS):

@@ -8,17 +8,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import codec
-from ..cache import RotorCache
+from ..cache import RotorCache, fp8_scales
 from ..cache.sidecar import Sidecar
-from ..codec.fp8 import LARGEST
 from ..errors import RotorError
 from ..host.slots import slots
 from .feed import chunks
 from .subject import Subject
-
-# What other texts may reach beyond this one. fp8's error is relative: room costs nothing, and too little cuts off.
-HEADROOM = 1.25
 
 
 def compressed(caches: Sequence[Any]) -> list[int]:
@@ -65,12 +60,5 @@ def maxima(
     return largest
 
 
-def scale(largest: float) -> float:
-    """The layer scale for values up to `largest`, four figures of it; 1 where all are 0."""
-    return float(f"{largest * HEADROOM / LARGEST:.4g}") if largest else 1.0
-
-
 def fp8_scheme(subject: Subject, largest: Sequence[tuple[float, float]], made: dict[str, Any]) -> Sidecar:
-    layers = [tuple(codec.with_parameter("fp8", scale(x)) for x in pair) for pair in largest]
-    made = made | {"headroom": HEADROOM, "largest": [list(pair) for pair in largest]}
-    return Sidecar("fp8", tuple((k, v) for k, v in layers), model=model_of(subject.new_cache("fp8")), made=made)
+    return fp8_scales.scheme(largest, made, model_of(subject.new_cache("fp8")))

@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RotorError
+from ..experts import formats
 from ..host.layerwise import Parameters
 from ..host.skeleton import parameters, skeleton
-from ..host.stock_reader import DTYPES, stored_spec
+from ..host.stock_reader import DTYPES, ours, stored_spec
 from ..quant import policy
 from ..quant.calibrate.parameters import EntryParameters
 from ..quant.plan import make_plan, read_config
@@ -26,7 +27,7 @@ RAW = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, m
 class Stored:
     """Parameters of an MLX checkpoint, quantized or not, expanded as they are read. See `host.layerwise.Parameters`.
 
-    Bits, group size and mode follow from the tensors, as in mlx_lm.
+    Bits, group size and mode follow from the tensors, as in mlx_lm; those of our own formats from config.json.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -38,6 +39,12 @@ class Stored:
         for file in sorted(folder.glob("model*.safetensors")):
             self._tensors |= read_header(file)
         self._shapes = parameters(skeleton(config))
+        section = config.get("quantization") or {}
+        self._formats = {
+            path: formats.get(stated["mode"], stated.get("bits"), stated.get("group_size"))
+            for path, stated in section.items()
+            if ours(stated)
+        }
 
     def names(self) -> Collection[str]:
         return {name for name in self._shapes if name in self._tensors}
@@ -49,12 +56,12 @@ class Stored:
         return self._read(name, expert)
 
     def _read(self, name: str, part: int | None) -> mx.array:
-        if name not in self._tensors:
-            where = f"{self._folder}: {name} is not there"
-            raise RotorError(f"{where}; `mlx_rotor quantize --check {self._folder}` says what else is wrong")
         path, _, what = name.rpartition(".")
-        scales = self._tensors.get(f"{path}.scales") if what == "weight" else None
         values = self._array(name, part)
+        if what == "weight" and path in self._formats:
+            parts = [values, *(self._array(f"{path}.{kind}", part) for kind in self._formats[path].beside)]
+            return self._formats[path].decode(parts, self._shapes[name][-1])
+        scales = self._tensors.get(f"{path}.scales") if what == "weight" else None
         if scales is None:
             return values.astype(mx.float32)
         factors = self._array(scales.name, part)
@@ -67,6 +74,9 @@ class Stored:
         return mx.dequantize(values, factors, None, group, bits, mode, factor, dtype=mx.float32)
 
     def _array(self, name: str, part: int | None) -> mx.array:
+        if name not in self._tensors:
+            where = f"{self._folder}: {name} is not there"
+            raise RotorError(f"{where}; `mlx_rotor quantize --check {self._folder}` says what else is wrong")
         info = self._tensors[name]
         shape, size, kind = info.shape, info.nbytes, DTYPES[info.dtype]
         if part is not None:

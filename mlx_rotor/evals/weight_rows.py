@@ -86,8 +86,8 @@ def read(path: Path) -> Table:
 
 
 def ways(listed: Sequence[str], methods: Sequence[str] = METHODS, solved: str = SOLVED) -> list[Way]:
-    """Every listed policy, and the solved one at the size of each, by every method."""
-    return [Way(*w) for p in listed for m in methods for w in ((p, m), (solved, m, p))]
+    """Every listed policy, and the solved one, if any, at the size of each, by every method."""
+    return [Way(*w) for p in listed for m in methods for w in ((p, m), (solved, m, p)) if w[0]]
 
 
 def measure(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..errors import RotorError
 from ..kernels import backend
 from . import report
+from .expert_report import ExpertReport
 from .prompting import Prompt
 
 # `import mlx_lm.generate` would give the function of that name, not the module.
@@ -66,10 +67,14 @@ def stock_sampler(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 @dataclass
 class Stats:
-    """A run's figures; speeds in tokens a second, memory in GB (1e9 bytes), caches in bytes."""
+    """A run's figures; speeds in tokens a second, memory in GB (1e9 bytes), caches in bytes.
+
+    `experts`: what became of the model's, which counts its calls; None where nothing was asked.
+    """
 
     kv_scheme: str
     caches: Sequence[Any]
+    experts: ExpertReport | None = None
     text: str = ""
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -97,6 +102,7 @@ class Stats:
             "layers_fallen_back": layers.fallen_back,
             "fused_calls": layers.fused_calls,
             "fallback_calls": layers.fallback_calls,
+            "experts": self.experts.to_dict() if self.experts and self.experts.layers else None,
         }
 
     def summary(self) -> str:
@@ -118,6 +124,8 @@ class Stats:
             lines.append("No token was packed: all are among the first and the recent ones, which stay exact")
         if layers.fallen_back:
             lines.append(f"Warning: layers {report.spans(layers.fallen_back)} attended to expanded keys and values")
+        if self.experts and self.experts.fused:
+            lines += self.experts.calls()
         return "\n".join(lines)
 
 

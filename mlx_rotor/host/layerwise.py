@@ -7,7 +7,7 @@ is then called the same way. Nothing here knows an architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import RotorError
 from . import cpu_products
+from .kv_watch import See, attended
 from .skeleton import parameters, skeleton
 from .streamed_experts import PROJECTIONS, StreamedExperts
 
@@ -134,9 +135,11 @@ class Layerwise:
             yield run
 
     @contextmanager
-    def layer(self, number: int, watch: Watch | None = None, watched: tuple[str, ...] = ()) -> Iterator[Layer]:
+    def layer(
+        self, number: int, watch: Watch | None = None, watched: tuple[str, ...] = (), see: See | None = None
+    ) -> Iterator[Layer]:
         """A layer with its weights in place, while the context lasts. `watched`: paths of modules whose inputs
-        `watch` gets.
+        `watch` gets. `see` gets what its attention takes for keys and values.
 
         Raises:
             RotorError: the layer returns more than hidden states.
@@ -157,7 +160,7 @@ class Layerwise:
         with self._in_place(needed), self._exchanged(cpu_products.linears(path, layer)), cpu_products.attention():
             experts = {m: StreamedExperts(module, self._reader(m)) for m, module in mixtures.items()}
             taps = self._taps(watch, watched)
-            with self._exchanged({**taps, **experts}):
+            with self._exchanged({**taps, **experts}), attended(see) if see else nullcontext():
                 yield Layer(run, experts)
 
     @contextmanager

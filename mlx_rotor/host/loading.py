@@ -49,7 +49,9 @@ def explained(target: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, KeyError) as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        lines = str(e).splitlines() or [type(e).__name__]
+        # mlx_lm's lists begin in the line after what they are of.
+        why = " ".join(map(str.strip, lines[: 1 + lines[0].rstrip().endswith(":")]))
         if not Path(target).is_dir():
             why = f"no such folder here, and fetching it from Hugging Face failed ({why})"
         raise RotorError(f"can't load {target}: {why}") from e

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.nn as nn
 import mlx.utils
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes
 
 from ..errors import RotorError
@@ -33,3 +36,8 @@ def parameters(model: Any) -> dict[str, tuple[int, ...]]:
     """Name in the module tree -> shape, of every parameter, in the tree's order."""
     flat: Any = mlx.utils.tree_flatten(model.parameters())
     return {name: tuple(array.shape) for name, array in flat}
+
+
+def takes_formats(module: Any) -> bool:
+    """Whether a module can hold weights in the formats that MLX doesn't have."""
+    return isinstance(module, nn.Linear | nn.Embedding | SwitchLinear | MultiLinear)

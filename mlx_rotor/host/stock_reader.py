@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlx.utils
 
 from ..errors import RotorError
+from ..experts import formats, layers
 from .skeleton import parameters, skeleton
 
 # What mx.load makes of safetensors dtypes. FP8 comes as bytes.
@@ -67,8 +68,14 @@ class StockReader:
         """Input dimension of a module that can be quantized."""
         return int(self.modules[path].weight.shape[-1])
 
+    def dimensions(self, path: str) -> tuple[tuple[int, ...], int]:
+        """(leading dimensions, input dimension) of the weight of a module that isn't quantized yet."""
+        shape = self.modules[path].weight.shape
+        return tuple(shape[:-1]), int(shape[-1])
+
     def quantize(self, section: Mapping[str, Any], weights: Placeholders) -> dict[str, str]:
-        """Puts quantized modules where the loader would under config.json's `quantization`; the others stay.
+        """Puts quantized modules where the loader would under config.json's `quantization`, with mlx_rotor imported;
+        the others stay.
 
         Returns:
             path -> why, of modules it could not be done for; they stay as they are.
@@ -81,11 +88,7 @@ class StockReader:
             if not stated:
                 continue
             try:
-                if not hasattr(module, "to_quantized"):
-                    raise ValueError(f"a {type(module).__name__} can't be quantized")
-                if stated is not True and not isinstance(stated, dict):
-                    raise ValueError(f"expected settings, found {stated!r}")
-                made.append((path, module.to_quantized(**(default if stated is True else stated))))
+                made.append((path, _quantized(module, default if stated is True else stated)))
             except Exception as e:  # to_quantized and mx.quantize raise several kinds
                 failed[path] = str(e).splitlines()[0] if str(e) else type(e).__name__
         self.model.update_modules(mlx.utils.tree_unflatten(made))
@@ -110,6 +113,21 @@ class StockReader:
         if f"{path}.global_scale" in weights and "global_scale" in inspect.signature(module.to_quantized).parameters:
             stated["global_scale"] = True
         return stated
+
+
+def ours(stated: Any) -> bool:
+    """Whether a module's settings are of a format that MLX doesn't have."""
+    return isinstance(stated, dict) and stated.get("mode") in formats.ours()
+
+
+def _quantized(module: Any, stated: Any) -> Any:
+    if ours(stated):
+        return layers.of(module, stated["mode"], stated.get("bits"), stated.get("group_size"))
+    if not hasattr(module, "to_quantized"):
+        raise ValueError(f"a {type(module).__name__} can't be quantized")
+    if not isinstance(stated, dict):
+        raise ValueError(f"expected settings, found {stated!r}")
+    return module.to_quantized(**stated)
 
 
 def stored_spec(inner: int, weight: mx.array, scales: mx.array) -> tuple[int, int, str]:

@@ -50,11 +50,17 @@ def constant(value: float) -> mx.array:
 
 @kept
 def kernel(
-    name: str, headers: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], body: str
+    name: str,
+    headers: tuple[str, ...],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    body: str,
+    contiguous: bool = False,
 ) -> Callable[..., list[mx.array]]:
     """The kernel `name` whose source is `body`, behind `headers` (paths below kernels_metal).
 
-    Inputs keep their strides: the body reads `<input>_strides`. The name MLX sees ends in a digest of the whole text,
+    Inputs keep their strides: the body reads `<input>_strides`; `contiguous`: those that are not in the order of rows
+    are copied first. The name MLX sees ends in a digest of the whole text,
     as MLX keeps compiled kernels by name.
     """
     header = source.join(headers)
@@ -66,6 +72,6 @@ def kernel(
         output_names=list(outputs),
         source=body,
         header=header.text,
-        ensure_row_contiguous=False,
+        ensure_row_contiguous=contiguous,
     )
     return made

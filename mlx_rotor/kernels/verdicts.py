@@ -1,4 +1,8 @@
-"""Kernels that failed their check on this machine: kept in the user's cache folder, refused when they are called."""
+"""What checks and timings of kernels found on this machine, kept in the user's cache folder.
+
+A kernel that failed is refused when it is called; expert kernels that failed or were slower than stock are left alone
+by `--experts auto`.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,27 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..errors import RotorError
 from . import source
 from .spec import KernelCodec
+from .weights import PackedWeight, WeightFormat
 
+ROWS = (1, 2, 4, 8)  # rows that expert kernels are timed at
+OF_EXPERTS = ("route", "gate_up", "down")  # operations that fused experts are made of
+Entries = list[dict[str, Any]]
 _ignored: ContextVar[bool] = ContextVar("mlx_rotor_verdicts_ignored", default=False)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that failed: a call of `operation` with all of `codecs` (`codec_id`s) and `dtype` is refused."""
+    """A check that failed: a call of `operation` with all of `codecs` and `dtype` is refused.
+
+    `codecs` are `codec_id`s, or `format_id`s where the operation reads weights; empty: all calls.
+    """
 
     check: str
     operation: str
@@ -33,9 +45,30 @@ class Failure:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Slower:
+    """A timing that stock won: milliseconds a call of fused and stock experts of `key` (`experts_key`) with `rows`."""
+
+    key: str
+    rows: int
+    fused_ms: float
+    stock_ms: float
+
+
 def codec_id(codec: KernelCodec) -> str:
     """Codecs that differ in their parameter only run the same kernels."""
     return f"{codec.name.partition(':')[0]}@{codec.dim}"
+
+
+def format_id(form: WeightFormat) -> str:
+    """As in "affine4:64": mode, bits, group size."""
+    return f"{form.mode}{form.bits}:{form.group_size}"
+
+
+def experts_key(gate: PackedWeight, up: PackedWeight, down: PackedWeight) -> str:
+    """What a timing of fused experts holds for: the three formats, hidden and intermediate size, as in
+    "affine2:64+affine2:64+affine3:64 3072x1536"."""
+    return f"{'+'.join(format_id(w.format) for w in (gate, up, down))} {gate.columns}x{gate.rows}"
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -52,7 +85,7 @@ def path() -> Path:
 def kernels_digest() -> str:
     """Of every Metal source and of the Python that launches them."""
     texts = [source.root().joinpath(*name.split("/")).read_bytes() for name in source.names()]
-    texts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    texts += [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
     return hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()[:16]
 
 
@@ -69,7 +102,12 @@ def failures() -> tuple[Failure, ...]:
     Raises:
         RotorError: a file that can't be read.
     """
-    return _parsed(_load().get(key(), ())) if path().exists() else ()
+    return _failures(_entries())
+
+
+def slower() -> tuple[Slower, ...]:
+    """Timings that stock won under this `key`. Raises as `failures`."""
+    return _slower(_entries())
 
 
 def record(checks: Iterable[str], failed: Sequence[Failure]) -> None:
@@ -78,9 +116,20 @@ def record(checks: Iterable[str], failed: Sequence[Failure]) -> None:
     Raises:
         RotorError: a file that can't be read or written.
     """
-    known, run = _load() if path().exists() else {}, set(checks)
-    kept = [failure for failure in failures() if failure.check not in run]
-    known[key()] = [asdict(failure) for failure in [*kept, *failed]]
+    run = set(checks)
+    _store([*(failure for failure in failures() if failure.check not in run), *failed, *slower()])
+
+
+def record_timings(timed: Iterable[tuple[str, int]], lost: Sequence[Slower]) -> None:
+    """Stores the outcome of timing `timed`, pairs of an `experts_key` and rows: `lost` are those that stock won. What
+    else is known stays. Raises as `record`."""
+    run = set(timed)
+    _store([*failures(), *(known for known in slower() if (known.key, known.rows) not in run), *lost])
+
+
+def _store(found: Sequence[Failure | Slower]) -> None:
+    known = _load() if path().exists() else {}
+    known[key()] = [asdict(one) for one in found]
     if not known[key()]:
         del known[key()]
     if not known and not path().exists():
@@ -100,6 +149,7 @@ def record(checks: Iterable[str], failed: Sequence[Failure]) -> None:
 def forget() -> None:
     """Reads the file anew at the next call of a kernel."""
     _known.cache_clear()
+    _failed.cache_clear()
 
 
 @contextmanager
@@ -118,29 +168,71 @@ def refuse(operation: str, dtype: mx.Dtype, *codecs: KernelCodec) -> None:
     Raises:
         RotorError: if a check of it failed on this machine, with the check's name.
     """
-    known = _known()
-    if not known or _ignored.get():
+    if failed := _failed(operation):
+        _refuse(failed, dtype, {codec_id(codec) for codec in codecs}, "choose another codec")
+
+
+def refuse_weights(operation: str, dtype: mx.Dtype, *formats: WeightFormat) -> None:
+    """As `refuse`, for kernels that read weights, "route", which reads none, or "matmul"."""
+    if failed := _failed(operation):
+        _refuse(failed, dtype, {format_id(form) for form in formats}, "--experts stock where weights are MLX's own")
+
+
+def prefers_stock(kernel_key: str, rows: int) -> str | None:
+    """Why experts of `kernel_key` (`experts_key`) should be left to stock for so many rows; None: no reason is known.
+
+    A number of rows that is not timed is taken as the next one that is.
+    """
+    failed, lost = _known()
+    if _ignored.get():
+        return None
+    formats = set(kernel_key.partition(" ")[0].split("+"))
+    for failure in failed:
+        if failure.operation in OF_EXPERTS and formats.issuperset(failure.codecs):
+            return f"its kernel failed a check on this machine: {failure.check}"
+    timed = next((n for n in ROWS if n >= rows), None)
+    for one in lost:
+        if (one.key, one.rows) == (kernel_key, timed):
+            return (
+                f"fused took {one.fused_ms:.3f} ms and stock {one.stock_ms:.3f} for {one.rows} "
+                f"row{'s' if one.rows > 1 else ''} on this machine"
+            )
+    return None
+
+
+def _refuse(failed: Sequence[Failure], dtype: mx.Dtype, asked: set[str], instead: str) -> None:
+    """`failed`: of one operation."""
+    if _ignored.get():
         return
-    asked = {codec_id(codec) for codec in codecs}
-    for failure in known:
-        if (failure.operation, failure.dtype) == (operation, dtype_name(dtype)) and asked.issuperset(failure.codecs):
+    for failure in failed:
+        if failure.dtype == dtype_name(dtype) and asked.issuperset(failure.codecs):
             raise RotorError(
                 f"the Metal kernel failed its check on this machine: {failure.check}. Update mlx and run "
                 "`mlx_rotor doctor --kernels` again; if it still fails, report it with doctor.json. Until then "
-                "MLX_ROTOR_BACKEND=reference runs without Metal kernels, or choose another codec"
+                f"MLX_ROTOR_BACKEND=reference runs without Metal kernels, or {instead}"
             )
 
 
 @cache
-def _known() -> tuple[Failure, ...]:
-    return failures()
+def _failed(operation: str) -> tuple[Failure, ...]:
+    """This is asked for every launch."""
+    return tuple(failure for failure in _known()[0] if failure.operation == operation)
 
 
-def _load() -> dict[str, list[dict[str, str]]]:
+@cache
+def _known() -> tuple[tuple[Failure, ...], tuple[Slower, ...]]:
+    return failures(), slower()
+
+
+def _entries() -> Entries:
+    return _load().get(key(), []) if path().exists() else []
+
+
+def _load() -> dict[str, Entries]:
     try:
-        known: dict[str, list[dict[str, str]]] = json.loads(path().read_text("utf-8"))
+        known: dict[str, Entries] = json.loads(path().read_text("utf-8"))
         for entry in known.values():
-            _parsed(entry)
+            _failures(entry), _slower(entry)
         return known
     except OSError as e:
         raise RotorError(f"{path()}: {e.strerror}; it holds verdicts on kernels: make it readable, or delete it") from e
@@ -148,5 +240,13 @@ def _load() -> dict[str, list[dict[str, str]]]:
         raise RotorError(f"{path()} is not a file of verdicts on kernels; delete it") from e
 
 
-def _parsed(entry: Iterable[dict[str, str]]) -> tuple[Failure, ...]:
-    return tuple(Failure(f["check"], f["operation"], tuple(f["codecs"]), f["dtype"]) for f in entry)
+def _failures(entries: Entries) -> tuple[Failure, ...]:
+    return tuple(
+        Failure(e["check"], e["operation"], tuple(e["codecs"]), e["dtype"]) for e in entries if "fused_ms" not in e
+    )
+
+
+def _slower(entries: Entries) -> tuple[Slower, ...]:
+    return tuple(
+        Slower(e["key"], int(e["rows"]), float(e["fused_ms"]), float(e["stock_ms"])) for e in entries if "fused_ms" in e
+    )

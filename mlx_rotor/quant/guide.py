@@ -49,6 +49,9 @@ class Guide(Protocol):
     def describe(self) -> dict[str, Any]:
         """For the output's metadata: where the statistics are from. The same for a job that was resumed."""
 
+    def files(self) -> dict[str, str]:
+        """Name -> text of files to put beside the weights, when all layers are done."""
+
 
 class Unguided:
     """No calibration: the weights as they are."""
@@ -63,4 +66,7 @@ class Unguided:
         return self.weights, None
 
     def describe(self) -> dict[str, Any]:
+        return {}
+
+    def files(self) -> dict[str, str]:
         return {}

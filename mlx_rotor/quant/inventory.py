@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import models
 from ..errors import RotorError
-from ..host.skeleton import parameters, skeleton
+from ..host.skeleton import parameters, skeleton, takes_formats
 from .placement import Placement, Placements
 
 FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -17,7 +17,7 @@ FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of mlx_lm's model. `layer` None: unlayered. `kept`: the safetensors dtype it has unquantized.
-    `packable`: its module has a quantized form in mlx_lm."""
+    `packable`: its module has a quantized form in mlx_lm. `packable_ours`: and one in our own formats."""
 
     name: str
     role: str
@@ -26,6 +26,7 @@ class Parameter:
     placement: Placement
     kept: str
     packable: bool
+    packable_ours: bool
 
     @property
     def module(self) -> str:
@@ -55,6 +56,7 @@ def inventory(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Inventory
     model = skeleton(config)
     shapes = {n: shape for n, shape in parameters(model).items() if n not in arch.optional or n in dtypes}
     packable = {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}
+    ours = {name for name, module in model.named_modules() if takes_formats(module)}
     placements = Placements(arch, shapes, dtypes)
     stated = str(config.get("torch_dtype") or config.get("dtype"))
     default = FLOATS.get(stated.removeprefix("torch."), "BF16")
@@ -67,8 +69,8 @@ def inventory(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Inventory
         tensor, layer = match
         placement = placements.of(name, tensor, layer)
         kept = _kept(tensor, dtypes.get(placement.sources[0], default))
-        is_packable = name.removesuffix(".weight") in packable
-        found.append(Parameter(name, tensor.role, layer, shape, placement, kept, is_packable))
+        module = name.removesuffix(".weight")
+        found.append(Parameter(name, tensor.role, layer, shape, placement, kept, module in packable, module in ours))
     if unknown:
         raise RotorError(
             f"model_type {config['model_type']!r}: no role is known for {listed(unknown)}; it is a variant of the"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RotorError
+from ..experts.formats.base import DTYPE_NAMES
 from .inventory import inventory, listed
 from .placement import Layout
-from .policy import BITS, GROUP_SIZES, Policy, Spec
+from .policy import BITS, GROUP_SIZES, OURS, Policy, Spec
 from .roles import kept_unasked
 from .safetensors_io import ITEMSIZE
 
@@ -38,7 +39,7 @@ class Entry:
 
     `module`: its path in mlx_lm's module tree. `shape`: of the weight itself, experts first. `spec` None: kept.
     `sources`: the checkpoint's tensors, one a part; parts that share a tensor repeat its name. `outputs`: packed
-    weight, scales, and biases in mode affine; or the one kept tensor. `fit`: the policy's own, empty where it leaves
+    weight and what its mode has beside it; or the one kept tensor. `fit`: the policy's own, empty where it leaves
     the choice to the job. `name`: of the parameter, empty if it is the module's weight. `kept`: safetensors dtype it
     has unquantized. `layout`: how the parts lie in the sources, None if each is a tensor as it is. `stacked`: the
     first dimension of `shape` counts the parts.
@@ -84,6 +85,9 @@ class Entry:
         outputs: tuple[Output, ...]
         if spec is None:
             outputs = (Output(self.name or f"{self.module}.weight", self.kept, self.shape),)
+        elif spec.format is not None:
+            tensors = spec.format.tensors(self.shape[:-1], self.shape[-1])
+            outputs = tuple(Output(f"{self.module}.{t.kind}", DTYPE_NAMES[t.dtype], t.shape) for t in tensors)
         else:
             lead, columns = self.shape[:-1], self.shape[-1]
             groups = (*lead, columns // spec.group_size)
@@ -119,8 +123,9 @@ class Solved:
 @dataclass(frozen=True)
 class Plan:
     """`entries` in file order, layer by layer. `drop`: regular expressions of source tensors that nothing reads, with
-    at most `extra` layers after the last. `packable`: modules that mlx_lm has a quantized form of. `solved`: None
-    where the bits are the policy's rules."""
+    at most `extra` layers after the last. `packable`: modules that mlx_lm has a quantized form of;
+    `packable_ours`: those of them that our own formats have one of. `solved`: None where the bits are the policy's
+    rules."""
 
     policy: Policy
     layers: int
@@ -128,6 +133,7 @@ class Plan:
     drop: tuple[str, ...] = ()
     extra: int = 0
     packable: frozenset[str] = frozenset()
+    packable_ours: frozenset[str] = frozenset()
     solved: Solved | None = None
 
     def drops(self, name: str) -> bool:
@@ -176,7 +182,9 @@ class Plan:
             raise RotorError(f"{where}: role {entry.role!r} is not quantized")
         if entry.module not in self.packable:
             raise RotorError(f"{where}: mlx_lm has no quantized form of it")
-        if entry.shape[-1] % spec.group_size:
+        if spec.mode in OURS and entry.module not in self.packable_ours:
+            raise RotorError(f"{where}: there is no layer for it in mode {spec.mode}")
+        if not spec.divides(entry.shape[-1]):
             raise RotorError(f"{where}: group_size {spec.group_size} does not divide its {entry.shape[-1]} columns")
         if spec.bits < floor:
             raise RotorError(f"{where}: {spec.bits} bits are below the policy's floor of {floor} for {entry.role}")
@@ -263,10 +271,12 @@ def make_plan(config: Mapping[str, Any], policy: Policy, dtypes: Mapping[str, st
             uncovered.setdefault(p.role, []).append(p.module)
             continue
         spec, fit = None, ""
-        if rule is not None and rule.specs:
+        if rule is not None and rule.specs and (p.packable or not rule.where_possible):
             try:
                 if not p.packable:
                     raise RotorError("mlx_lm has no quantized form of it: give it a rule with keep = true")
+                if rule.specs[0].mode in OURS and not p.packable_ours:
+                    raise RotorError(f"there is no layer for it in mode {rule.specs[0].mode}: give it one of MLX's")
                 spec, fit = policy.spec(rule, p.role, p.shape[-1]), rule.fit
             except RotorError as e:
                 number = policy.rules.index(rule) + 1
@@ -280,7 +290,8 @@ def make_plan(config: Mapping[str, Any], policy: Policy, dtypes: Mapping[str, st
         named = "; ".join(f"role {role!r} ({listed(modules)})" for role, modules in uncovered.items())
         raise RotorError(f"policy {policy.name}: no rule covers {named}; add one (`keep = true` leaves it)")
     packable = frozenset(p.module for p in known.parameters if p.packable)
-    return Plan(policy, known.layers, tuple(entries), known.drop, known.extra, packable)
+    ours = frozenset(p.module for p in known.parameters if p.packable_ours)
+    return Plan(policy, known.layers, tuple(entries), known.drop, known.extra, packable, ours)
 
 
 def _ranges(layers: list[int]) -> str:

@@ -2,16 +2,21 @@
 
 description = "..."             optional
 group_size = [128, 64]          default of the rules below (64); so are mode = "affine" and fit
+awq = 0.5                       optional: what experts read is evened out by this power of its size, where that is known
 [[rule]]
 roles = ["attn.*", "embed"]     names or patterns of `roles.ROLES`
 layers = ["0..1", "last 2"]     optional: all layers; the forms are those of `layers.py`
 names = ["*.layers.7.*"]        optional: patterns of module paths; one must match. May stand without roles
 bits = 4                        or `keep = true`: source precision (FP8 becomes bf16)
 group_size = [128, 64, 32]      the first that divides the weight's rows, or one number
-mode = "affine"                 or MLX's mxfp4, mxfp8, nvfp4, which fix bits and group_size
+mode = "affine"                 or MLX's mxfp4, mxfp8, nvfp4, which fix bits and group_size; or one of our own formats,
+                                lloyd, iq4_nl, q8, whose group_size falls back by itself where none is given
+where_possible = true           optional: what the model has no quantized form of keeps its precision
 fit = "best"                    fast, search or best, whatever the job's is
 [floors]
 "attn.*" = 4                    no rule, and no budget, gives these roles fewer bits
+[kv]                            optional: beside the weights, where there is a calibration text,
+codec = "fp8"                   the scales of this KV codec
 [budget]                        optional: the affine specs above are a start, the best ones of this size are solved for
 bits_per_weight = 3.25          or size = "86.2 GB"
 
@@ -34,58 +39,49 @@ from ..errors import RotorError
 from . import layers as layer_sets
 from .layers import Layers
 from .roles import ROLES, expand, kept_unasked
+from .spec import BITS, FIXED, GROUP_SIZES, MODES, OURS, Spec, bits_of, one_of, sizes
 from .target import Budget, parse_table
 
+__all__ = [
+    "BITS",
+    "FITS",
+    "FIXED",
+    "GROUP_SIZES",
+    "MODES",
+    "OURS",
+    "Policy",
+    "Rule",
+    "Spec",
+    "load",
+    "parse",
+    "shipped",
+]
+
 FOLDER = Path(__file__).parent / "policies"
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-FIXED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # modes whose bits and group size are MLX's own
-MODES = ("affine", *FIXED)
 FITS = ("fast", "search", "best")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How a weight is stored: bits a code, weights a group, MLX's quantization mode.
-
-    A group has one bf16 scale and bias in mode affine, and one 8-bit scale in the others.
-    """
-
-    bits: int
-    group_size: int = 64
-    mode: str = "affine"
-
-    def __post_init__(self) -> None:
-        _one_of("mode", self.mode, MODES)
-        bits, sizes = (BITS, GROUP_SIZES) if self.mode == "affine" else tuple((n,) for n in FIXED[self.mode])
-        _one_of("bits", self.bits, bits)
-        _one_of("group_size", self.group_size, sizes)
-
-    def as_config(self) -> dict[str, int | str]:
-        """The form MLX readers expect in config.json."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-
-def _one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
-    if isinstance(value, bool) or value not in known:
-        raise RotorError(f"{what} = {value!r} is not supported; {what} can be {', '.join(map(str, known))}")
+KV_CODECS = ("fp8",)  # those with a scale to calibrate
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`layers` None: all of them. `names` empty: all modules. `specs` in order of preference; empty: keep."""
+    """`layers` None: all of them. `names` empty: all modules. `specs` in order of preference; empty: keep.
+
+    `where_possible`: what has no quantized form is kept, and no error.
+    """
 
     roles: tuple[str, ...]
     layers: Layers | None
     names: tuple[str, ...]
     specs: tuple[Spec, ...]
     fit: str = ""
+    where_possible: bool = False
 
 
 @dataclass(frozen=True)
 class Policy:
     """`floors`: role -> least bits. `budget`: what its specs are to be solved for. `digest`: sha256 of the TOML text,
-    for provenance."""
+    for provenance. `awq`: the power of the inputs' size that is folded into what experts read; 0: none. `kv`: the KV
+    codec whose scales are to be calibrated; empty: none."""
 
     name: str
     description: str
@@ -93,6 +89,8 @@ class Policy:
     digest: str
     floors: Mapping[str, int] = field(default_factory=dict, hash=False)
     budget: Budget | None = None
+    awq: float = 0.0
+    kv: str = ""
 
     @cached_property
     def ends(self) -> tuple[int, int]:
@@ -123,11 +121,12 @@ class Policy:
         """
         if not rule.specs:
             return None
-        fitting = [spec for spec in rule.specs if columns % spec.group_size == 0]
+        fitting = [spec for spec in rule.specs if spec.divides(columns)]
         if not fitting:
             wanted = ", ".join(str(spec.group_size) for spec in rule.specs)
-            would = [str(g) for g in GROUP_SIZES if columns % g == 0] or [
-                "none of MLX's: give it a rule with keep = true"
+            first = rule.specs[0]
+            would = [str(g) for g in sizes(first.mode) if Spec(first.bits, g, first.mode).divides(columns)] or [
+                f"none of {first.mode if first.mode in OURS else 'MLX'}'s: give it a rule with keep = true"
             ]
             raise RotorError(
                 f"group_size {wanted} does not divide its {columns} input dimensions; would fit: {', '.join(would)}"
@@ -171,12 +170,13 @@ def parse(text: str, name: str) -> Policy:
         raise RotorError(f"policy {name}: not TOML: {e}") from e
     where = f"policy {name}"
     try:
-        _known(table, {"description", "group_size", "mode", "fit", "rule", "floors", "budget"})
+        _known(table, {"description", "group_size", "mode", "fit", "awq", "kv", "rule", "floors", "budget"})
         rules = table.get("rule")
         if not isinstance(rules, list) or not rules or not all(isinstance(r, dict) for r in rules):
             raise RotorError("needs at least one [[rule]]")
         floors = _floors(table.get("floors", {}))
         budget = parse_table(table["budget"]) if "budget" in table else None
+        awq, kv = _awq(table.get("awq", 0)), _kv(table["kv"]) if "kv" in table else ""
         parsed = []
         for number, rule in enumerate(rules, 1):
             where = f"policy {name}, rule {number}"
@@ -184,7 +184,7 @@ def parse(text: str, name: str) -> Policy:
     except RotorError as e:
         raise RotorError(f"{where}: {e}") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
-    policy = Policy(name, str(table.get("description", "")), tuple(parsed), digest, floors, budget)
+    policy = Policy(name, str(table.get("description", "")), tuple(parsed), digest, floors, budget, awq, kv)
     if any(rule.layers and rule.layers.middle for rule in parsed) and policy.ends == (0, 0):
         raise RotorError(f"policy {name}: a rule selects the middle layers, but none the first or the last")
     return policy
@@ -209,15 +209,28 @@ def _floors(table: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for pattern, bits in table.items():
         try:
-            _one_of("bits", bits, BITS)
+            one_of("bits", bits, BITS)
             found |= {role: max(bits, found.get(role, 0)) for role in expand(pattern)}
         except RotorError as e:
             raise RotorError(f"floors, {pattern!r}: {e}") from None
     return found
 
 
+def _awq(power: Any) -> float:
+    if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power <= 1:
+        raise RotorError(f"awq = {power!r}: must be a number from 0 (none) to 1")
+    return float(power)
+
+
+def _kv(table: Any) -> str:
+    if not isinstance(table, dict) or set(table) != {"codec"}:
+        raise RotorError('kv must be a table of one codec, codec = "..."')
+    one_of("codec", table["codec"], KV_CODECS)
+    return str(table["codec"])
+
+
 def _rule(rule: dict[str, Any], defaults: dict[str, Any]) -> Rule:
-    _known(rule, {"roles", "layers", "names", "bits", "group_size", "mode", "fit", "keep"})
+    _known(rule, {"roles", "layers", "names", "bits", "group_size", "mode", "fit", "keep", "where_possible"})
     if "roles" not in rule and "names" not in rule:
         raise RotorError('needs roles = ["...", ...], or names')
     patterns = _strings(rule, "roles") if "roles" in rule else ["*"]
@@ -240,14 +253,17 @@ def _rule(rule: dict[str, Any], defaults: dict[str, Any]) -> Rule:
             )
         roles |= dict.fromkeys(found)
     if keep:
-        extra = sorted(rule.keys() & {"group_size", "mode", "fit"})
+        extra = sorted(rule.keys() & {"group_size", "mode", "fit", "where_possible"})
         if extra:
             raise RotorError(f"keep = true takes no {extra[0]}")
         return Rule(tuple(roles), layers, names, ())
     fit = rule.get("fit", defaults.get("fit", ""))
     if fit:
-        _one_of("fit", fit, FITS)
-    return Rule(tuple(roles), layers, names, _specs(rule, defaults), fit)
+        one_of("fit", fit, FITS)
+    loose = rule.get("where_possible", False)
+    if not isinstance(loose, bool):
+        raise RotorError(f"where_possible = {loose!r}: must be true or false")
+    return Rule(tuple(roles), layers, names, _specs(rule, defaults), fit, loose)
 
 
 def _named(role: str, patterns: list[str], keep: bool, layers: Layers | None) -> None:
@@ -264,15 +280,19 @@ def _named(role: str, patterns: list[str], keep: bool, layers: Layers | None) ->
 
 
 def _specs(rule: dict[str, Any], defaults: dict[str, Any]) -> tuple[Spec, ...]:
-    mode = rule.get("mode", defaults.get("mode", "affine"))
-    _one_of("mode", mode, MODES)
-    if mode != "affine":
+    usual = defaults.get("mode", "affine")
+    mode = rule.get("mode", usual)
+    one_of("mode", mode, MODES)
+    if mode in FIXED:
         bits, size = FIXED[mode]
         return (Spec(rule.get("bits", bits), rule.get("group_size", size), mode),)
-    if "bits" not in rule:
-        raise RotorError("mode affine needs bits = N")
-    sizes = rule.get("group_size", defaults.get("group_size", 64))
-    sizes = sizes if isinstance(sizes, list) else [sizes]
-    if not sizes:
+    known = bits_of(mode)
+    if "bits" not in rule and len(known) > 1:
+        raise RotorError(f"mode {mode} needs bits = N")
+    # What stands above the rules is of the mode that stands there.
+    fallback = list(sizes(mode)) if mode in OURS else 64
+    found = rule.get("group_size", defaults.get("group_size", fallback) if mode == usual else fallback)
+    found = found if isinstance(found, list) else [found]
+    if not found:
         raise RotorError("group_size: an empty list fits nothing")
-    return tuple(Spec(rule["bits"], size) for size in sizes)
+    return tuple(Spec(rule.get("bits", known[0]), size, mode) for size in found)

@@ -22,6 +22,7 @@ from .calibrate import Calibration, text
 from .calibrate.imatrix import Imatrix
 from .calibrate.measure import LENGTH, TOKENS
 from .fold import proof as fold_check
+from .fold.folds import feeding
 from .fold.search import Folding
 from .guide import Guide
 from .job import SHARD_BYTES
@@ -71,7 +72,7 @@ class Recipe:
         if self.calibration and self.imatrix:
             raise RotorError("--calibration and --imatrix both say what inputs are like: give one of them")
         if self.fit == "fast" and guided and not (self.calibration and self.sensitivities):
-            raise RotorError("--fit fast is mx.quantize, which knows no inputs: calibrate with --fit search or best")
+            raise RotorError("--fit fast goes by the weights alone: calibrate with --fit search or best")
         sized = self.sequences is not None or self.length is not None
         if sized and (not self.calibration or self.fit == "fast"):
             raise RotorError(
@@ -101,6 +102,27 @@ class Recipe:
     def guided(self) -> bool:
         """Whether the fit goes by inputs."""
         return self.fit != "fast" and bool(self.calibration or self.imatrix)
+
+    def notes(self, plan: Plan) -> list[str]:
+        """What the policy asks for that this recipe can't do, one sentence each, for people."""
+        found = []
+        missing = "--calibration or --imatrix" + (" and --fit search or best" if self.fit == "fast" else "")
+        if plan.policy.awq and not self.guided:
+            found.append(
+                f"policy {plan.policy.name} evens out what experts read (AWQ), by the inputs' sizes: left out without"
+                f" {missing}"
+            )
+        elif plan.policy.awq and not feeding(plan.entries):
+            found.append(
+                f"policy {plan.policy.name} evens out what experts read (AWQ): left out, no normalization that feeds"
+                " this model's experts is known"
+            )
+        if plan.policy.kv and not (self.guided and self.calibration):
+            found.append(
+                f"policy {plan.policy.name} has calibrated {plan.policy.kv} KV scales written beside the weights: left"
+                " out without --calibration"
+            )
+        return found
 
     def check_files(self, *, measuring: bool = True) -> None:
         """RotorError for what can be known of the files to read before any work; `measuring`: sensitivities that aren't
@@ -190,10 +212,13 @@ class Recipe:
             config = read_config(checkpoint.folder)
             folder = work / "calibration"
             guide = self._statistics(checkpoint, plan, config, folder, named)
-            if not (self.folds or self.rescale):
+            awq = plan.policy.awq  # a plan that is compared with has its own
+            if not (self.folds or self.rescale or awq):
                 return guide
             norms, downs, kind = "norms" in self.folds, "downs" in self.folds, str(config["model_type"])
-            folding = Folding(guide, plan, kind, self.fit, folder, norms=norms, downs=downs, rescale=self.rescale)
+            folding = Folding(
+                guide, plan, kind, self.fit, folder, norms=norms, downs=downs, rescale=self.rescale, awq=awq
+            )
             tokens = calibrate.prepare(checkpoint.folder, config, None, 1, PROOF)
             fold_check.prove(folding, config, plan, checkpoint, tokens)
             return folding
@@ -206,7 +231,7 @@ class Recipe:
         if self.imatrix is not None:
             return Imatrix(self.imatrix, plan, checkpoint)
         tokens = calibrate.prepare(checkpoint.folder, config, self._text, self.sequences, self.length)
-        return Calibration(config, checkpoint, plan, tokens, folder, progress=progress)
+        return Calibration(config, checkpoint, plan, tokens, folder, kv=plan.policy.kv, progress=progress)
 
     @property
     def _source(self) -> str:

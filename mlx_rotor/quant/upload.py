@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RotorError
+from ..experts import standalone
+from ..host import kv_scales
 from .check import check
 from .check.finding import ERROR
 from .job.manifest import PROVENANCE
@@ -16,7 +18,8 @@ from .source import COMPANIONS, INDEX
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-WANTED = ("config.json", INDEX, "model*.safetensors", PROVENANCE, "README.md", *COMPANIONS)
+BESIDE = (standalone.NAME, kv_scales.FILE)  # where the weights' formats, or a calibration, have them
+WANTED = ("config.json", INDEX, "model*.safetensors", PROVENANCE, "README.md", *BESIDE, *COMPANIONS)
 LARGE = 50_000_000_000  # bytes from which one commit is too much for versions of the library that don't split it
 
 

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models import cache as stock
 
 from mlx_rotor import evaluate
-from mlx_rotor.cache import RotorCache, sidecar
+from mlx_rotor.cache import RotorCache, fp8_scales, sidecar
 from mlx_rotor.command import run
 from mlx_rotor.demo import held_out_text
 from mlx_rotor.errors import RotorError
@@ -48,8 +48,8 @@ def test_maxima_are_of_all_keys_and_values(subject, windows):
 
 
 def test_scales_hold_what_was_seen_and_a_quarter_more():
-    assert kv_maxima.scale(448.0) == 1.25 and kv_maxima.scale(0.0) == 1.0
-    assert kv_maxima.scale(1.0) == pytest.approx(1.25 / 448, rel=1e-3)
+    assert fp8_scales.scale(448.0) == 1.25 and fp8_scales.scale(0.0) == 1.0
+    assert fp8_scales.scale(1.0) == pytest.approx(1.25 / 448, rel=1e-3)
 
 
 def test_a_model_whose_values_are_no_numbers(subject, windows):

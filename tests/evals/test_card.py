@@ -207,3 +207,13 @@ def test_a_folder_without_its_data_is_an_error(tmp_path):
     (tmp_path / "mlx_rotor.json").write_text('{"source": "x"}')
     with pytest.raises(RotorError, match="has no source_files"):
         card.card_of(tmp_path)
+
+
+def test_a_card_says_who_reads_formats_of_our_own():
+    plain = CARD.markdown()
+    assert "stock `mlx_lm` reads them" in plain and "--trust-remote-code" not in plain
+    row = {**MADE["plan"][0], "spec": {"group_size": 256, "bits": 3, "mode": "lloyd"}}
+    text = dataclasses.replace(CARD, made={**MADE, "plan": [row, *MADE["plan"][1:]]}).markdown()
+    assert "codebooks are lengthened" in text and "codebooks are lengthened" not in plain
+    assert "stock `mlx_lm`" not in text and "(lloyd)" in text and "mlx-swift-lm does not" in text
+    assert "mlx_lm.generate --model" in text and " --trust-remote-code --prompt" in text

@@ -67,3 +67,11 @@ def test_lines_and_data_say_the_same(costs):
         "group_size": 64,
         "mode": "affine",
     }
+
+
+def test_modes_that_mlx_does_not_have_are_measured_beside_its_own():
+    (cost,) = measure((Spec(3, 256, "lloyd"),), ("search",), shape=(64, 512), rounds=1)
+    assert cost.error == pytest.approx(relative_error(3, 256, mode="lloyd"), rel=0.05) and cost.ratio > 1
+    assert list(lines([cost], []))[2].split()[:4] == ["3b", "g256", "lloyd", "search"]
+    (error,) = measure_layers((Spec(2, 256, "lloyd"),), ("search",), shape=(32, 256))
+    assert error.hessian < error.importance < error.plain

@@ -6,8 +6,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_rotor import RotorError, codec, kernels
-from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, verdicts
-from mlx_rotor.kernels.verdicts import Failure
+from mlx_rotor.experts import formats
+from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, experts, metal, verdicts
+from mlx_rotor.kernels.verdicts import Failure, Slower
+from mlx_rotor.kernels.weights import PackedWeight
 
 TURBO4, TURBO2, ISO3 = (codec.get(name, 64) for name in ("turbo4", "turbo2", "iso3"))
 ENCODE = Failure("encode: turbo4, 64 x float16", "encode", ("turbo4@64",), "float16")
@@ -151,3 +153,83 @@ def test_operations_refuse_what_failed_and_only_on_the_metal_backend(monkeypatch
 def test_a_codecs_parameter_makes_no_other_kernel():
     ids = {verdicts.codec_id(codec.get(name, 64)) for name in ("fp8", "fp8:0.5", "fp8:0.25")}
     assert ids == {"fp8@64"}
+
+
+KEY = "affine2:64+affine2:64+affine3:64 3072x1536"
+
+
+def matrix(mode="affine", bits=2, group=64, rows=8, columns=128):
+    """A stack of two matrices of zeros."""
+    form = formats.get(mode, bits, group)
+    return PackedWeight(form, tuple(mx.zeros(t.shape, t.dtype) for t in form.tensors((2, rows), columns)), columns)
+
+
+def test_a_key_names_formats_and_dimensions():
+    made = (matrix(rows=1536, columns=3072), matrix(rows=1536, columns=3072), matrix(bits=3, rows=3072, columns=1536))
+    assert verdicts.experts_key(*made) == KEY
+    assert verdicts.format_id(formats.get("lloyd", 3, 256)) == "lloyd3:256"
+
+
+def test_timings_and_failures_stand_beside_each_other(folder):
+    verdicts.record([ENCODE.check], [ENCODE])
+    slow = Slower(KEY, 2, 3.0, 2.0)
+    verdicts.record_timings([(KEY, 1), (KEY, 2)], [slow])
+    assert verdicts.failures() == (ENCODE,) and verdicts.slower() == (slow,)
+    assert [verdicts.prefers_stock(KEY, n) is None for n in (1, 2, 3, 8, 9)] == [True, False, True, True, True]
+    assert verdicts.prefers_stock(KEY.replace("3072", "2048"), 2) is None
+    verdicts.record([ENCODE.check], [])
+    assert verdicts.slower() == (slow,) and verdicts.failures() == ()
+    verdicts.record_timings([(KEY, 1)], [])
+    assert verdicts.slower() == (slow,)
+    verdicts.record_timings([(KEY, 2)], [])
+    assert verdicts.slower() == () and json.loads((folder / "kernels.json").read_text()) == {}
+
+
+def test_a_file_without_timings_is_read(folder):
+    folder.mkdir()
+    entry = {"check": ENCODE.check, "operation": "encode", "codecs": ["turbo4@64"], "dtype": "float16"}
+    (folder / "kernels.json").write_text(json.dumps({verdicts.key(): [entry], "another machine": [entry]}))
+    assert verdicts.failures() == (ENCODE,) and verdicts.slower() == ()
+    verdicts.record_timings([(KEY, 1)], [Slower(KEY, 1, 2.0, 1.0)])
+    assert verdicts.failures() == (ENCODE,) and "another machine" in json.loads((folder / "kernels.json").read_text())
+
+
+@pytest.mark.parametrize("entry", [{"fused_ms": 1}, {"key": "x", "rows": "many", "fused_ms": 1, "stock_ms": 2}])
+def test_a_spoilt_timing_is_an_error_that_names_the_file(folder, entry):
+    folder.mkdir()
+    (folder / "kernels.json").write_text(json.dumps({"a": [entry]}))
+    for use in (verdicts.failures, verdicts.slower, lambda: verdicts.prefers_stock(KEY, 1)):
+        with pytest.raises(RotorError, match=r"kernels\.json is not a file of verdicts"):
+            use()
+
+
+def test_a_format_that_failed_is_left_to_stock():
+    failure = Failure("down, 1 row: affine3:64, bfloat16", "down", ("affine3:64",), "bfloat16")
+    verdicts.record([failure.check], [failure])
+    assert failure.check in verdicts.prefers_stock(KEY, 1)
+    assert verdicts.prefers_stock(KEY.replace("affine3", "affine4"), 1) is None
+    with verdicts.ignored():
+        assert verdicts.prefers_stock(KEY, 1) is None
+    matmul = Failure("matmul: affine3:64, bfloat16", "matmul", ("affine3:64",), "bfloat16")
+    verdicts.record([failure.check, matmul.check], [matmul])
+    assert verdicts.prefers_stock(KEY, 1) is None, "experts are made of other kernels"
+
+
+def test_expert_operations_refuse_what_failed_and_only_on_the_metal_backend(monkeypatch):
+    x, w, which = mx.zeros((1, 128), mx.float16), matrix(), mx.zeros((1, 1), mx.uint32)
+    one = PackedWeight(w.format, tuple(part[0] for part in w.parts), w.columns)
+    uses = {
+        "matmul": lambda: experts.matmul(x, one),
+        "gather": lambda: experts.gather(x, w, which[0]),
+        "gate_up": lambda: experts.gate_up(x, w, w, which, "swiglu"),
+        "down": lambda: experts.down(x[:, None], w, which),
+    }
+    verdicts.record(uses, [Failure(f"check of {name}", name, ("affine2:64",), "float16") for name in uses])
+    metal.use_maker(lambda **text: pytest.fail("a refused kernel is made"))
+    for name, use in uses.items():
+        monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
+        with pytest.raises(RotorError, match=f"check of {name}"):
+            use()
+        monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
+        mx.eval(use())
+    metal.use_maker(None)

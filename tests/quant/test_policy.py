@@ -63,7 +63,8 @@ def test_every_shipped_policy_covers_every_role():
         for role in ROLES.values():
             for layer in range(9) if role.layered else [None]:
                 rule = policy.rule(role.name, "m", layer, 9)
-                assert (rule is None) == kept_unasked(role.name), (name, role.name)
+                asked = role.name == "router" and policy.name.startswith("mq")  # hipfire's tiers quantize it
+                assert (rule is None) == (kept_unasked(role.name) and not asked), (name, role.name)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_an_unknown_policy_lists_the_shipped_ones():
     [
         ("bits = ", "policy p: not TOML"),
         ("", r"policy p: needs at least one \[\[rule\]\]"),
-        ("rules = 1\n" + RULE, "policy p: unknown key 'rules'; keys: budget, description"),
+        ("rules = 1\n" + RULE, "policy p: unknown key 'rules'; keys: awq, budget, description"),
         (RULE + "bit = 4", "policy p, rule 1: unknown key 'bit'; keys: bits"),
         (RULE + '[[rule]]\nroles = ["attn.z"]\nbits = 4', r"rule 2: unknown role 'attn\.z'; roles: embed, head"),
         ('[[rule]]\nroles = ["expert"]\nbits = 4', "unknown role 'expert'"),

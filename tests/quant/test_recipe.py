@@ -82,7 +82,7 @@ PLAIN: Policy = policies.load("uniform-4bit")
     ("changes", "says"),
     [
         ({"calibration": "a", "imatrix": "b"}, "give one of them"),
-        ({"calibration": "a", "fit": "fast"}, "knows no inputs"),
+        ({"calibration": "a", "fit": "fast"}, "by the weights alone"),
         ({"sequences": 3}, "give --calibration"),
         ({"length": 3}, "give --calibration"),
         ({"folds": ("sideways",)}, "there is norms, downs"),

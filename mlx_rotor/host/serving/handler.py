@@ -183,6 +183,7 @@ class Handler(stock.APIHandler):
             "status": "ok" if healthy else "unavailable",
             "model": provider.model_key[0] if provider.model_key else None,
             "kv": provider.kv,
+            "experts": provider.expert_report.to_dict() if provider.expert_report else None,
             "batching": provider.is_batchable,
         }
         self._send(json.dumps(said).encode(), 200 if healthy else 503)

@@ -16,6 +16,8 @@ from ...errors import RotorError
 from ...kernels import backend
 from .. import report, versions
 from ..attachment import attach
+from ..expert_report import ExpertReport
+from ..experts import AUTO, attach_experts, mode_of_draft
 from ..kv_scales import came_from
 from ..loading import explained, located, run_dtype
 
@@ -46,12 +48,14 @@ class Provider(stock.ModelProvider):
     """Loads models as mlx_lm.server does and attaches `scheme`, a class attribute, to each; None leaves them alone.
 
     Attributes:
+        experts: a class attribute, what `attach_experts` is given; expert_report: what it gave for the model.
         kv: `kv_report` of the model that is loaded, None while there is none.
         line: the same in a line for people.
         logits: width of the model's output; ids from here on name no token.
     """
 
     scheme: Scheme | None = None
+    experts: str = AUTO
     model: Any
     tokenizer: Any
     draft_model: Any
@@ -62,12 +66,13 @@ class Provider(stock.ModelProvider):
         if self.scheme is not None and cli_args.kv_bits is not None:
             raise RotorError("--kv-bits is mlx_lm's own cache and can't be combined with a compressed one; drop either")
         self.kv: dict[str, Any] | None = None
+        self.expert_report: ExpertReport | None = None
         self.line, self.logits = "", 0
         super().__init__(cli_args)
 
     def reset(self) -> None:
         super().reset()
-        self.kv, self.line, self.logits = None, "", 0
+        self.kv, self.expert_report, self.line, self.logits = None, None, "", 0
 
     def load_default(self) -> None:
         if self.model is None:
@@ -93,6 +98,12 @@ class Provider(stock.ModelProvider):
             self.line = report.describe(caches)
             # The shape is known without running the model.
             self.logits = self.model(mx.array([[0]])).shape[-1]
+            self.expert_report = attach_experts(self.model, self.experts)
+            if self.expert_report.layers:
+                self.line += f"; experts: {self.expert_report.describe()}"
+            if self.draft_model is not None:
+                drafts = attach_experts(self.draft_model, mode_of_draft(self.experts))
+                self.line += f"; the draft model's experts: {drafts.describe()}" if drafts.layers else ""
             self.model_key = (model_path, adapter_path, draft_model_path)
         except BaseException:
             # A model without the caches that were asked for must not stay for the next request.

@@ -16,6 +16,7 @@ from mlx_lm import server as stock
 
 from ...cache import Scheme
 from ...errors import RotorError
+from ..experts import AUTO, check_mode
 from .generator import Generator, PromptCache
 from .handler import Handler, Reader
 from .provider import Provider
@@ -124,11 +125,11 @@ def start(args: argparse.Namespace, scheme: Scheme | None, reader: Reader, annou
     """What mlx_lm.server's `main` does with its flags, then `serve`."""
     stock.maybe_set_recommended_wired_limit()
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s")
-    serve(args.host, args.port, provider_class(scheme)(args), reader, announce=announce)
+    serve(args.host, args.port, provider_class(scheme, args.experts)(args), reader, announce=announce)
 
 
-def provider_class(scheme: Scheme | None) -> type[Provider]:
-    return type("Provider", (Provider,), {"scheme": scheme})
+def provider_class(scheme: Scheme | None, experts: str = AUTO) -> type[Provider]:
+    return type("Provider", (Provider,), {"scheme": scheme, "experts": experts})
 
 
 class Patch:
@@ -152,10 +153,15 @@ class Patch:
         self.undo()
 
 
-def patch(scheme: Scheme | None, reader_for: Callable[[str | None], Reader]) -> Patch:
-    """Makes `mlx_lm.server.main` serve compressed. `reader_for` takes the default model's name, or None."""
+def patch(scheme: Scheme | None, reader_for: Callable[[str | None], Reader], experts: str = AUTO) -> Patch:
+    """Makes `mlx_lm.server.main` serve compressed. `reader_for` takes the default model's name, or None.
+
+    Raises:
+        RotorError: an unknown mode of experts.
+    """
+    check_mode(experts)
 
     def run(host: str, port: int, model_provider: Provider, *args: Any, **kwargs: Any) -> None:
         serve(host, port, model_provider, reader_for(model_provider.cli_args.model))
 
-    return Patch({"ModelProvider": provider_class(scheme), "run": run})
+    return Patch({"ModelProvider": provider_class(scheme, experts), "run": run})

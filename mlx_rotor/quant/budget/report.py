@@ -82,9 +82,7 @@ def _error(spec: Spec | None, fit: str) -> float:
 
 
 def _spec(spec: Spec | None) -> str:
-    if spec is None:
-        return "kept"
-    return f"{spec.bits}b g{spec.group_size}" + ("" if spec.mode == "affine" else f" {spec.mode}")
+    return "kept" if spec is None else spec.short
 
 
 def _bits(plan: Plan, role: str) -> str:

@@ -65,7 +65,10 @@ def solve(plan: Plan, target: int, sensitivities: Sensitivities, *, shard_bytes:
     sensitivities.check(plan)
     choices = [Choice(e, specs) for e in plan.entries if (specs := worth(_affine(plan, e)))]
     if not choices:
-        raise RotorError(f"policy {plan.policy.name}: quantizes nothing that a budget could decide on")
+        raise RotorError(
+            f"policy {plan.policy.name}: a budget decides on weights in mode affine, of which it has none; use another"
+            " policy, such as rotor"
+        )
     groups = [
         [Option(c.entry.stored(spec).nbytes, sensitivities.cost(c.entry.module, spec)) for spec in c.specs]
         for c in choices

@@ -18,13 +18,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...cache import fp8_scales, sidecar
 from ...errors import RotorError
+from ...host import kv_scales
+from ...host.kv_watch import compressed_layers
 from ...host.layerwise import Layer, Layerwise
 from ...host.streamed_experts import PROJECTIONS
 from ..guide import Statistics, Weights
 from ..plan import Entry, Plan
+from ..policy import FIXED
 from ..roles import ROLES
 from ..safetensors_io import write_json
+from .kv import KvLargest
 from .mixture import Coverage, Mixture
 from .moments import Moments
 from .parameters import EntryParameters
@@ -55,6 +60,7 @@ class Calibration:
         folder: str | Path,
         *,
         products: bool = True,
+        kv: str = "",
         chunk: int = CHUNK,
         progress: Progress | None = None,
     ) -> None:
@@ -64,6 +70,7 @@ class Calibration:
             tokens: int [sequences, length], see `text.sequences`.
             folder: for hidden states, made if it isn't there; what another calibration left in it is deleted.
             products: whether Hessians will be asked for, of entries whose fit makes use of them.
+            kv: a codec of the KV cache with a scale a layer, whose file `files` then has; empty: none.
             chunk: tokens run at once, rounded to whole sequences, one at least.
 
         Raises:
@@ -82,6 +89,7 @@ class Calibration:
                 f"the calibration text has token {self._tokens.max()}, the model {max(vocabulary)} embeddings: is the"
                 " tokenizer another model's?"
             )
+        self._kv = KvLargest(compressed_layers(self._walk.model, kv)) if kv else None
         self._spool = Spool(self._folder)
         self.coverage: dict[str, Coverage] = {}
         self._restore()
@@ -90,6 +98,7 @@ class Calibration:
     def digest(self) -> str:
         """sha256 of the tokens and all else the statistics depend on beside the model."""
         head = [VERSION, list(self._tokens.shape), self._step, self._products]
+        head += [] if self._kv is None else ["kv"]
         return hashlib.sha256(json.dumps(head).encode() + self._tokens.astype("<i4").tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -105,6 +114,15 @@ class Calibration:
                 "experts": sum(c.experts for c in every),
             }
         return found
+
+    def files(self) -> dict[str, str]:
+        """See `quant.guide.Guide`: the KV cache's scales, where they were asked for. RotorError if a layer with a
+        cache was not run."""
+        if self._kv is None:
+            return {}
+        count, length = self._tokens.shape
+        made = {"text": "calibration", "windows": count, "window": length, "digest": self.digest}
+        return {kv_scales.FILE: sidecar.text(fp8_scales.scheme(self._kv.pairs(), made))}
 
     def layer(self, number: int | None, entries: Sequence[Entry]) -> tuple[Weights, Statistics | None]:
         """See `quant.guide.Guide`. Runs the layer, and those before it that have not been run yet.
@@ -148,7 +166,7 @@ class Calibration:
                 self._spool.write(0, len(self._tokens), self._run("embeddings", run, lambda: self._tokens))
             at = 0
         for layer in range(at, number):
-            with self._walk.layer(layer) as run:
+            with self._walk.layer(layer, see=None if self._kv is None else self._kv.of(layer)) as run:
                 self._pass(layer, run)
             self._spool.drop(layer)
 
@@ -181,7 +199,8 @@ class Calibration:
         products = self._wanted(number)
         watch = _Watch(linear, products, self._stacked(number))
         mixtures: dict[str, Mixture] = {}
-        with self._walk.layer(number, watch, self._watchable(number)) as run:
+        see = None if self._kv is None else self._kv.of(number)
+        with self._walk.layer(number, watch, self._watchable(number), see) as run:
             for nth, (path, experts) in enumerate(run.experts.items()):
                 together = any(f"{path}.{name}" in products for name in PROJECTIONS[:2])
                 mixtures[path] = Mixture(self._spool.experts(number, nth), together)
@@ -191,7 +210,7 @@ class Calibration:
                 experts.watch = None
                 mixtures[path].finish(experts)
                 self.coverage[path] = mixtures[path].coverage
-        if mixtures:
+        if mixtures or self._kv is not None:
             self._remember()
         return LayerStatistics(linear, mixtures, products)
 
@@ -212,7 +231,7 @@ class Calibration:
         return frozenset(
             e.module
             for e in self._plan.entries
-            if self._products and e.layer == number and e.spec and e.spec.mode == "affine" and e.fit != "fast"
+            if self._products and e.layer == number and e.spec and e.spec.mode not in FIXED and e.fit != "fast"
         )
 
     def _watchable(self, number: int) -> tuple[str, ...]:
@@ -239,9 +258,14 @@ class Calibration:
             self._spool.clear()
             self._remember()
         self.coverage = {path: Coverage(**found) for path, found in state.get("coverage", {}).items()}
+        if self._kv is not None:
+            self._kv.restore(state.get("kv", {}))
 
     def _remember(self) -> None:
-        state = {"digest": self.digest, "coverage": {path: asdict(c) for path, c in self.coverage.items()}}
+        state: dict[str, Any] = {"digest": self.digest}
+        state["coverage"] = {path: asdict(c) for path, c in self.coverage.items()}
+        if self._kv is not None:
+            state["kv"] = self._kv.state()
         write_json(self._folder / STATE, state)
 
 

@@ -89,6 +89,9 @@ class Imatrix:
         """For the output's metadata."""
         return {"imatrix": self._path.name, "digest": self.digest, "weights_without": len(self.missing)}
 
+    def files(self) -> dict[str, str]:
+        return {}
+
     def importance(self, entry: Entry, part: int = 0) -> mx.array | None:
         """[K]. An expert without rows gets the layer's mean, or None where its inputs are its own."""
         name = self._names.get(entry.module)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RotorError
+from ...experts import standalone
 from ...host.stock_reader import StockReader
+from . import formats
 from .files import companions, config_of, index, weights
 from .finding import ERROR, EVERY, Finding, Findings
 from .tensors import tensors
@@ -31,7 +33,10 @@ def check(folder: str | Path) -> list[Finding]:
     companions(folder, found)
     if config is None or not headers or not whole:
         return found.listed()
-    if config.get("model_file"):
+    formatted = bool(standalone.modes(config))
+    if formatted:
+        formats.model_file(folder, config, found)
+    if config.get("model_file") and not formatted:
         what = (
             "runs its own model code, which mlx_lm does not unless it is told to; tensors were not checked against it"
         )

@@ -12,6 +12,8 @@ PYTHON = "mlx_lm"
 OLDER = "mlx_lm before 0.32.2"
 SWIFT = "mlx-swift-lm"
 OTHER = "other tools"
+ROTOR = "mlx_rotor"
+TRUSTING = "mlx_lm --trust-remote-code"
 EVERY = (PYTHON, OLDER, SWIFT)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...host.stock_reader import ours
 from .finding import EVERY, OTHER, SWIFT, Findings
 
 OWN = ("group_size", "bits", "mode")
@@ -26,6 +27,11 @@ class Section:
     @property
     def overrides(self) -> dict[str, Any]:
         return {k: v for k, v in self.values.items() if k not in (*OWN, *PASSED_OVER)}
+
+    @property
+    def ours(self) -> dict[str, dict[str, Any]]:
+        """Of the overrides those in formats that MLX doesn't have."""
+        return {path: stated for path, stated in self.overrides.items() if ours(stated)}
 
     @property
     def default(self) -> tuple[int, int, str]:
@@ -124,6 +130,8 @@ def _swift(stated: Mapping[str, Any], found: Findings) -> None:
         elif missing := _missing(value):
             what = f"an override without {' and '.join(missing)}"
             found.error("incomplete-override", (SWIFT,), what, where, "give both group_size and bits")
+        elif key and ours(value):
+            continue  # `formats` speaks of them
         elif value.get("mode", "affine") not in MODES:
             what = f"mode {value['mode']!r}"
             found.error("unknown-mode", EVERY, what, where, f"modes: {', '.join(MODES)}")

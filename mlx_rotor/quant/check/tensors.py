@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import mlx.core as mx
 from ...errors import RotorError
 from ...host.stock_reader import Placeholders, StockReader, stored_spec
 from ..safetensors_io import TensorInfo
+from . import formats
 from .finding import EVERY, OLDER, PYTHON, SWIFT, Findings
 from .section import Section, section_of, strangers
 
@@ -27,21 +28,25 @@ def tensors(config: Mapping[str, Any], headers: Mapping[str, TensorInfo], reader
         found.error("sanitize-fails", EVERY, str(e), [], "tensors are missing or not of this architecture")
         return
     _naming(headers, weights, found)
-    stored = {p: spec for p in reader.modules if (spec := _stored(reader, weights, p)) is not None}
-    packed = [name for name in weights if name.endswith(".scales")]
+    packed = [name for name in weights if name.endswith((".scales", ".codebooks"))]
     section = section_of(config, bool(packed), found)
     if section is None:
         return
+    plain = [p for p in reader.modules if p not in section.ours]
+    stored = {p: spec for p in plain if (spec := _stored(reader, weights, p)) is not None}
     if not section.values and packed:
         what = "tensors are quantized, config.json has no quantization"
         found.error("no-quantization", EVERY, what, packed, "add `quantization` with group_size, bits and overrides")
         return
     strangers(section, reader.modules, found)
     done = _modules(section, reader, weights, stored, found) if section.values else set[str]()
+    done |= formats.held(section, reader, weights, found)
     _tree(reader, weights, done, found)
-    _dtypes(reader, weights, stored, found)
-    for path, (bits, _, _) in stored.items():
-        if bits < 8 and _is_router(path, reader):
+    _dtypes(reader, weights, stored, section.ours, found)
+    every: dict[str, Any] = {p: spec[0] for p, spec in stored.items()}
+    every |= {p: stated.get("bits") for p, stated in section.ours.items()}
+    for path, bits in every.items():
+        if isinstance(bits, int) and bits < 8 and _is_router(path, reader):
             what, fix = f"a router of {bits} bits picks wrong experts", "keep routers in source precision or 8 bits"
             found.warning("router-bits", EVERY, what, [path], fix)
 
@@ -75,6 +80,11 @@ def _modules(
     failed = reader.quantize(section.values, weights)
     expected = reader.parameters()
     for path, module in reader.modules.items():
+        if path in section.ours:
+            if path in failed:
+                found.error("wrong-override", formats.OURS, f"{section.said(path)}: {failed[path]}", [path], AGAIN)
+                done.update(n for n in weights if n.rpartition(".")[0] == path)
+            continue
         names = [f"{path}.{part}" for part in PARTS]
         have, stated = stored.get(path), section.overrides.get(path)
         wrong = path in failed or any(
@@ -126,12 +136,21 @@ def _tree(reader: StockReader, weights: Placeholders, done: set[str], found: Fin
             found.error("wrong-shape", EVERY, what, [name], "correct config.json, or quantize it again")
 
 
-def _dtypes(reader: StockReader, weights: Placeholders, stored: Mapping[str, Stored], found: Findings) -> None:
-    """Dtypes that load and then run wrong or slow."""
+def _dtypes(
+    reader: StockReader,
+    weights: Placeholders,
+    stored: Mapping[str, Stored],
+    apart: Collection[str],
+    found: Findings,
+) -> None:
+    """Dtypes that load and then run wrong or slow. `apart`: modules in our own formats, whose layers give back the
+    dtype they were given."""
     kinds: dict[mx.Dtype, list[str]] = {}
     for name, array in weights.items():
         path, _, part = name.rpartition(".")
         have = stored.get(path)
+        if path in apart and part != "bias":
+            continue
         if have is not None and part in ("weight", "scales"):
             right = {mx.uint32} if part == "weight" else FLOATS if have[2] == "affine" else {mx.uint8}
             if array.dtype not in right:

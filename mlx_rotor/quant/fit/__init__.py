@@ -1,4 +1,4 @@
-"""Weights to what is stored of them: codes, and a scale and a bias for every group."""
+"""Weights to what is stored of them: codes, and what a group's codes stand for."""
 
 from ..policy import FITS
 from .affine import fit_affine

@@ -6,15 +6,13 @@ group on a grid with a zero on it; `search` minimises the squared error, after s
 
 from __future__ import annotations
 
-from math import prod
-
 import mlx.core as mx
 
 from ...errors import RotorError
 from ..policy import BITS, GROUP_SIZES
-from .chunks import chunks
 from .groups import Groups, by_groups
 from .packing import pack_groups
+from .rows import by_chunks, check_not_empty
 from .search import BEST, SEARCH, Effort, search
 
 EFFORTS = {"search": SEARCH, "best": BEST}
@@ -43,25 +41,13 @@ def fit_affine(
     check(w, bits, group_size)
     if fit != "fast" and fit not in EFFORTS:
         raise RotorError(f"unknown fit {fit!r}; fits: {', '.join(('fast', *EFFORTS))}")
-    k = w.shape[-1]
-    blocks, seen = _aligned(w, importance)
-    parts: list[Parts] = []
-    for block in range(blocks.shape[0]):
-        for rows in chunks(blocks.shape[1], k):
-            chunk = blocks[block, rows]
-            if fit == "fast":
-                packed, scales, biases = mx.quantize(chunk.astype(dtype), group_size, bits)
-                parts.append((packed, scales, biases))
-            else:
-                heeded = None if seen is None else seen[block, rows if seen.shape[1] > 1 else slice(None)]
-                parts.append(_fitted(chunk, bits, group_size, EFFORTS[fit][bits], heeded, dtype))
-            mx.eval(parts[-1])
-    columns = (k * bits // 32, k // group_size, k // group_size)
-    codes, scales, biases = (
-        mx.concatenate(list(part)).reshape(*w.shape[:-1], n)
-        for part, n in zip(zip(*parts, strict=True), columns, strict=True)
-    )
-    mx.eval(codes, scales, biases)
+
+    def work(rows: mx.array, heeded: mx.array | None) -> tuple[mx.array, ...]:
+        if fit == "fast":
+            return tuple(mx.quantize(rows.astype(dtype), group_size, bits))
+        return _fitted(rows, bits, group_size, EFFORTS[fit][bits], heeded, dtype)
+
+    codes, scales, biases = by_chunks(w, importance, work)
     return codes, scales, biases
 
 
@@ -70,35 +56,9 @@ def check(w: mx.array, bits: int, group_size: int) -> None:
     if bits not in BITS or group_size not in GROUP_SIZES:
         known = f"bits: {', '.join(map(str, BITS))}; group sizes: {', '.join(map(str, GROUP_SIZES))}"
         raise RotorError(f"no affine format of {bits} bits in groups of {group_size}; {known}")
-    if w.ndim == 0 or w.size == 0:
-        raise RotorError(f"no weights to fit: shape {w.shape}")
+    check_not_empty(w)
     if w.shape[-1] % group_size:
         raise RotorError(f"group_size {group_size} does not divide {w.shape[-1]}, the last dimension of {w.shape}")
-
-
-def _aligned(w: mx.array, importance: mx.array | None) -> tuple[mx.array, mx.array | None]:
-    """Weights [B, R, K] and importance [B, R or 1, K]: rows of a block share one wherever the caller's do."""
-    k = w.shape[-1]
-    lead = w.shape[:-1]
-    if importance is None:
-        return w.reshape(1, -1, k), None
-    shape = importance.shape
-    padded = (1,) * (w.ndim - importance.ndim) + shape
-    if (
-        len(padded) != w.ndim
-        or shape[-1:] != (k,)
-        or any(n not in (1, m) for n, m in zip(padded, w.shape, strict=True))
-    ):
-        raise RotorError(f"importance {shape} does not broadcast to weights {w.shape}")
-    shared = len(lead)  # trailing axes of `lead` that one importance serves
-    while shared and padded[shared - 1] == 1:
-        shared -= 1
-    importance = importance.astype(mx.float32)
-    if shared == len(lead) and lead:  # every row has its own
-        return w.reshape(1, -1, k), mx.broadcast_to(importance, w.shape).reshape(1, -1, k)
-    outer = prod(lead[:shared])
-    seen = mx.broadcast_to(importance.reshape(*padded[:shared], k), (*lead[:shared], k)).reshape(outer, 1, k)
-    return w.reshape(outer, -1, k), seen
 
 
 def _fitted(

@@ -8,25 +8,30 @@ from typing import cast
 import mlx.core as mx
 
 from ...errors import RotorError
-from ..policy import FITS, Spec
+from ...experts import formats
+from ..policy import FITS, FIXED, Spec
 from .affine import fit_affine
 from .chunks import chunks
 from .gptq import fit_hessian
 from .hessian import Hessian
+from .iq4_nl import fit_iq4_nl
+from .lloyd import fit_lloyd
+from .q8 import fit_q8
+from .rows import by_chunks, largest_of
 
+SCALED = {"iq4_nl": fit_iq4_nl, "q8": fit_q8}
 NVFP4_LARGEST = 448.0 * 6.0  # E4M3's largest scale, E2M1's largest code
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What mx.dequantize reads: `weight` uint32 [.., K*bits/32], `scales` and `biases` [.., K/group_size].
+    """What is stored of weights [.., K], in the order a reader takes it: codes uint32 [.., K*bits/32], then by groups.
 
-    Scales and biases are bf16 in mode affine; the other modes have uint8 scales and no biases.
+    That is scales and biases in mode affine (bf16), scales alone in MLX's other modes (uint8), and what
+    `experts.formats` says of ours.
     """
 
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array | None
+    parts: tuple[mx.array, ...]
 
 
 def fit(
@@ -38,44 +43,47 @@ def fit(
 ) -> Fitted:
     """Quantizes weights [.., K], finite, to `spec`. Evaluates what it returns.
 
-    `fast` is mx.quantize, whatever is known of the inputs, and so is every method in a mode other than affine, whose
-    scales leave nothing to choose. `search` and `best` minimise the error of the weights, each counted as much as
+    `fast` looks at the weights alone: in mode affine it is mx.quantize, and so is every method in MLX's other modes,
+    whose scales leave nothing to choose. `search` and `best` minimise the error of the weights, each counted as much as
     `importance` says (see `fit_affine`); with a `hessian` [K, K], for w [rows, K], that of the outputs, and importance
     is not looked at. A `Hessian` made once saves its factorisation where several weights see the same inputs.
 
     Raises:
-        RotorError: shapes that don't go together; an unknown method; a Hessian that can't be factorised.
+        RotorError: shapes that don't go together; an unknown method; a Hessian that can't be factorised; weights
+            beyond what the format holds.
     """
     if method not in FITS:
         raise RotorError(f"unknown fit {method!r}; fits: {', '.join(FITS)}")
-    if spec.mode != "affine":
+    if spec.mode in FIXED:
         return _of_mode(w, spec)
-    if hessian is None or method == "fast":
-        seen = None if method == "fast" else importance
-        return Fitted(*fit_affine(w, bits=spec.bits, group_size=spec.group_size, fit=method, importance=seen))
-    hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian)
-    return Fitted(*fit_hessian(w, hessian, bits=spec.bits, group_size=spec.group_size, fit=method))
+    if hessian is not None and method != "fast":
+        hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian)
+        return Fitted(fit_hessian(w, hessian, spec, method))
+    seen = None if method == "fast" else importance
+    if spec.mode == "affine":
+        return Fitted(fit_affine(w, bits=spec.bits, group_size=spec.group_size, fit=method, importance=seen))
+    if spec.mode == "lloyd":
+        return Fitted(fit_lloyd(w, bits=spec.bits, group_size=spec.group_size, fit=method, importance=seen))
+    return Fitted(SCALED[spec.mode](w, group_size=spec.group_size, fit=method, importance=seen))
 
 
 def decode(fitted: Fitted, spec: Spec) -> mx.array:
     """The weights that were stored, float32 [.., K]; lazy."""
-    scales, biases = fitted.scales, fitted.biases
-    if spec.mode == "affine" and biases is not None:
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(fitted.weight, scales, biases, spec.group_size, spec.bits, mode=spec.mode, dtype=mx.float32)
+    if spec.mode in FIXED:
+        codes, scales = fitted.parts
+        return mx.dequantize(codes, scales, None, spec.group_size, spec.bits, mode=spec.mode, dtype=mx.float32)
+    columns = fitted.parts[0].shape[-1] * 32 // spec.bits
+    return formats.get(spec.mode, spec.bits, spec.group_size).decode(fitted.parts, columns)
 
 
 def squared_error(w: mx.array, fitted: Fitted, spec: Spec) -> tuple[float, float]:
-    """(sum of (w - decoded)^2, sum of w^2) in float32, decoded by mx.dequantize from what was stored."""
+    """(sum of (w - decoded)^2, sum of w^2) in float32, decoded from what was stored."""
     error = norm = 0.0
     rows = w.reshape(-1, w.shape[-1])
-    count = rows.shape[0]
-    weight, scales = fitted.weight.reshape(count, -1), fitted.scales.reshape(count, -1)
-    biases = None if fitted.biases is None else fitted.biases.reshape(count, -1)
+    stored = [part.reshape(rows.shape[0], -1) for part in fitted.parts]
     for part in chunks(*rows.shape):
         chunk = rows[part].astype(mx.float32)
-        decoded = decode(Fitted(weight[part], scales[part], None if biases is None else biases[part]), spec)
-        error += sum_of_squares(chunk - decoded)
+        error += sum_of_squares(chunk - decode(Fitted(tuple(s[part] for s in stored)), spec))
         norm += sum_of_squares(chunk)
     return error, norm
 
@@ -88,15 +96,11 @@ def sum_of_squares(x: mx.array) -> float:
 def _of_mode(w: mx.array, spec: Spec) -> Fitted:
     if w.shape[-1] % spec.group_size:
         raise RotorError(f"{spec.mode}: groups of {spec.group_size} do not divide {w.shape[-1]}, the last of {w.shape}")
-    rows = w.reshape(-1, w.shape[-1])
-    parts = []
-    largest = cast(float, mx.max(mx.abs(rows)).item())
+    largest = largest_of(w)
     if spec.mode == "nvfp4" and largest > NVFP4_LARGEST:  # other modes' scales have float32's range
         raise RotorError(f"{spec.mode} holds {NVFP4_LARGEST:g} at most, a weight is {largest:.4g}: use another mode")
-    for part in chunks(*rows.shape):
-        quantized = mx.quantize(rows[part].astype(mx.bfloat16), spec.group_size, spec.bits, mode=spec.mode)
-        parts.append(quantized)
-        mx.eval(quantized)
-    weight, scales = (mx.concatenate(list(p)).reshape(*w.shape[:-1], -1) for p in zip(*parts, strict=True))
-    mx.eval(weight, scales)
-    return Fitted(weight, scales, None)
+
+    def work(rows: mx.array, _: mx.array | None) -> tuple[mx.array, ...]:
+        return tuple(mx.quantize(rows.astype(mx.bfloat16), spec.group_size, spec.bits, mode=spec.mode))
+
+    return Fitted(by_chunks(w, None, work))

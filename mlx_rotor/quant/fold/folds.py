@@ -109,6 +109,11 @@ class NormFold:
         return {entry.module: s for entry in self.readers}
 
 
+def feeds_experts(fold: NormFold) -> bool:
+    """Whether experts that are quantized read what the normalization gives."""
+    return any(entry.role in ("expert.gate", "expert.up") and entry.spec is not None for entry in fold.readers)
+
+
 @dataclass(frozen=True)
 class DownFold:
     """An expert's up and down projection: its intermediate channels may be scaled, each expert's by its own factors."""
@@ -147,6 +152,14 @@ def norm_folds(entries: Sequence[Entry]) -> list[NormFold]:
             continue  # a bias would have to be divided too
         found.append(NormFold(norms[0], readers))
     return found
+
+
+def feeding(entries: Sequence[Entry]) -> list[NormFold]:
+    """Of a whole model's entries, those that quantized experts read."""
+    layers: dict[int | None, list[Entry]] = {}
+    for entry in entries:
+        layers.setdefault(entry.layer, []).append(entry)
+    return [fold for group in layers.values() for fold in norm_folds(group) if feeds_experts(fold)]
 
 
 def down_folds(entries: Sequence[Entry], model_type: str) -> list[DownFold]:

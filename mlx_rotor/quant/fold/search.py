@@ -17,7 +17,7 @@ from ..fit import decode, fit
 from ..guide import Guide, Statistics, Weights
 from ..plan import Entry, Plan
 from ..safetensors_io import write_json
-from .folds import CLAMPED, DownFold, Folded, Folds, NormFold, down_folds, joined, norm_folds
+from .folds import CLAMPED, DownFold, Folded, Folds, NormFold, down_folds, feeds_experts, joined, norm_folds
 from .guard import Oversized, Peaks, oversized, rescaling
 
 # Exponents tried: a factor is the root of an input's mean square to this power. 0 folds nothing.
@@ -76,12 +76,14 @@ class Folding:
         norms: bool = True,
         downs: bool = True,
         rescale: bool = False,
+        awq: float = 0.0,
     ) -> None:
         """
         Args:
             method: the job's fit, for entries that have none of their own.
             folder: where what was chosen is noted, so that a job that goes on can tell all of it.
             norms, downs: fold normalizations into their readers, up rows into down columns.
+            awq: the one exponent tried for normalizations that quantized experts read; 0: as for the others.
             rescale: bring experts whose intermediate values overflow float16 back into its range.
 
         Raises:
@@ -89,6 +91,7 @@ class Folding:
         """
         self._guide, self._plan, self._method = guide, plan, method
         self._norms, self._downs, self._rescale, self._type = norms, downs, rescale, model_type
+        self._awq = awq
         if downs or rescale:
             down_folds(plan.entries, model_type)
         self.found: dict[int, LayerFolds] = {}
@@ -99,6 +102,7 @@ class Folding:
     def digest(self) -> str:
         """Of all that the folds depend on."""
         head = [VERSION, self._guide.digest, self._method, self._norms, self._downs, self._rescale, ALPHAS, PARTS, ROWS]
+        head += [self._awq] if self._awq else []
         return hashlib.sha256(json.dumps(head).encode()).hexdigest()
 
     @property
@@ -135,7 +139,7 @@ class Folding:
             return mx.power(mx.array(2.0), ((mx.arange(count) + turn) % 5 - 2).astype(mx.float32))
 
         entries = [entry for entry in self._plan.entries if entry.layer == number]
-        found = [fold.scales(some(fold.norm.shape[0])) for fold in norm_folds(entries) if self._norms]
+        found = [fold.scales(some(fold.norm.shape[0])) for fold in norm_folds(entries) if self._wanted(fold)]
         if self._downs or self._rescale:
             for fold in down_folds(entries, self._type):
                 found.append(fold.scales({p: some(fold.down.shape[-1], p) for p in range(fold.down.parts)}))
@@ -145,6 +149,9 @@ class Folding:
         """For the output's metadata: the statistics, and what was folded where."""
         folds = [row for _, rows in sorted(self._told.items(), key=lambda item: int(item[0])) for row in rows]
         return {**self._guide.describe(), "folds": folds}
+
+    def files(self) -> dict[str, str]:
+        return self._guide.files()
 
     def _known(self) -> dict[str, list[dict[str, Any]]]:
         """What an earlier run of the same job noted."""
@@ -161,7 +168,7 @@ class Folding:
         chosen: list[Chosen] = []
         every: list[Oversized] = []
         downs = down_folds(entries, self._type) if self._type not in CLAMPED else []
-        for norm in norm_folds(entries) if self._norms else []:
+        for norm in [norm for norm in norm_folds(entries) if self._wanted(norm)]:
             if (found := self._norm(norm, weights, statistics)) is not None:
                 s, choice = found
                 scales, inputs = joined(scales, norm.scales(s)), inputs | norm.inputs(s)
@@ -189,10 +196,14 @@ class Folding:
         def factor(entry: Entry, part: int, alpha: float) -> mx.array:
             return factors(known, alpha, whole=True)
 
-        alpha, ratio = self._best(readers, weights, statistics, factor)
+        tried = (0.0, self._awq) if self._awq and feeds_experts(fold) else ALPHAS
+        alpha, ratio = self._best(readers, weights, statistics, factor, tried)
         if not alpha:
             return None
         return factors(square, alpha, whole=True), Chosen(fold.norm.module, alpha, ratio)
+
+    def _wanted(self, fold: NormFold) -> bool:
+        return self._norms or (self._awq > 0 and feeds_experts(fold))
 
     def _down(
         self, fold: DownFold, weights: Weights, statistics: Statistics
@@ -221,22 +232,23 @@ class Folding:
         weights: Weights,
         statistics: Statistics,
         factor: Callable[[Entry, int, float], mx.array | None],
+        alphas: Sequence[float] = ALPHAS,
     ) -> tuple[float, float]:
         """(exponent, error with it as a share of that without) of the least summed relative output error."""
-        errors = dict.fromkeys(ALPHAS, 0.0)
+        errors = dict.fromkeys(alphas, 0.0)
         for entry in entries:
             for part in _spread(entry.parts, PARTS):
                 w = weights.read(entry, part, 0, min(ROWS, entry.source_shape[0]))
                 square = statistics.importance(entry, part)
                 if square is None or factor(entry, part, 0.0) is None:
                     continue
-                for alpha in ALPHAS:
+                for alpha in alphas:
                     s = factor(entry, part, alpha)
                     assert s is not None
                     errors[alpha] += output_error(w, entry, self._method, square, s)
         if not errors[0.0]:
             return 0.0, 1.0
-        best = min(ALPHAS, key=lambda alpha: errors[alpha])
+        best = min(alphas, key=lambda alpha: errors[alpha])
         ratio = errors[best] / errors[0.0]
         return (best, ratio) if ratio < WORTH else (0.0, 1.0)
 

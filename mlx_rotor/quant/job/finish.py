@@ -46,9 +46,12 @@ def write(out: Path, made: Made, journal: Journal) -> Outcome:
     outcome = _outcome(made.plan, journal)
     for path in made.extra:
         write_whole(out / path.name, path.read_bytes())
+    texts = {**manifest.formats_file(made.config, made.plan), **made.guide.files()}
+    for name, text in texts.items():
+        write_whole(out / name, text.encode())
     write_json(out / INDEX, manifest.index(made.plan, made.files))
     rows = {name: {"bytes": (out / name).stat().st_size, "sha256": journal.files[name]} for name in made.files}
-    for name in [*(path.name for path in made.extra), INDEX]:
+    for name in [*(path.name for path in made.extra), *texts, INDEX]:
         data = (out / name).read_bytes()
         rows[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     provenance = manifest.provenance(

@@ -10,7 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...experts import standalone
 from ..plan import Entry, Plan, Row
+from ..policy import Spec
 
 PROVENANCE = "mlx_rotor.json"
 
@@ -18,18 +20,32 @@ PROVENANCE = "mlx_rotor.json"
 def config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The source's config.json with the plan's specs in place of its own quantization.
 
-    Under both `quantization` and `quantization_config`: the most frequent spec as default, and every module with
-    another one by its path. Nothing else may stand there: Swift readers take each key for a module, and they take
-    the default for quantized modules that aren't named.
+    Under both `quantization` and `quantization_config`: the most frequent of MLX's specs as default, and every module
+    with another one by its path. Nothing else may stand there: Swift readers take each key for a module, and they take
+    the default for quantized modules that aren't named. A plan with formats that MLX doesn't have names the file that
+    has layers for them.
     """
     specs = {entry.module: entry.spec for entry in plan.entries if entry.spec is not None}
     result = {k: v for k, v in source.items() if k not in ("quantization", "quantization_config")}
     if specs:
-        default = Counter(specs.values()).most_common(1)[0][0]
+        known = Counter(spec for spec in specs.values() if spec.format is None)
+        default = known.most_common(1)[0][0] if known else Spec(4, 64)  # which no module has
         section: dict[str, Any] = default.as_config()
         section |= {module: spec.as_config() for module, spec in specs.items() if spec != default}
         result |= {"quantization": section, "quantization_config": section}
+    if has_formats(plan):
+        result |= standalone.FIELDS
     return result
+
+
+def has_formats(plan: Plan) -> bool:
+    """Whether some weight is in a format that MLX doesn't have."""
+    return any(entry.spec is not None and entry.spec.format is not None for entry in plan.entries)
+
+
+def formats_file(source: Mapping[str, Any], plan: Plan) -> dict[str, str]:
+    """Name -> text of the model file that config.json names; empty where it names none."""
+    return {standalone.NAME: standalone.text(config(source, plan))} if has_formats(plan) else {}
 
 
 def index(plan: Plan, files: Mapping[str, list[Entry]]) -> dict[str, Any]:

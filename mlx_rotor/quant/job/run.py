@@ -98,7 +98,8 @@ class Run:
         for path in self.extra:
             if not os.access(path, os.R_OK):
                 raise RotorError(f"{path}: can't be read; it is to be copied into the output")
-        place.names = [*(p.name for p in self.extra), *self.files, INDEX, manifest.PROVENANCE, "config.json"]
+        beside = [*(p.name for p in self.extra), *manifest.formats_file(self.config, self.plan)]
+        place.names = [*beside, *self.files, INDEX, manifest.PROVENANCE, "config.json"]
         self._check_disk(0)
         if guide is None:
             self.guide: Guide = Unguided(self.checkpoint)

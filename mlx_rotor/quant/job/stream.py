@@ -15,6 +15,7 @@ from ...errors import RotorError
 from ..fit import Hessian, fit, squared_error, sum_of_squares
 from ..guide import Statistics, Weights
 from ..plan import Entry, Output, Plan
+from ..policy import FIXED
 from ..safetensors_io import ShardWriter
 
 SHARD_BYTES = 4_000_000_000  # a weight file at most
@@ -125,7 +126,7 @@ class Fitting:
             sums = (sum_of_squares(stored[0] - w), sum_of_squares(w))
         else:
             fitted = fit(w, entry.spec, method, *self._seen(entry, piece.part, method))
-            stored = [a for a in (fitted.weight, fitted.scales, fitted.biases) if a is not None]
+            stored = list(fitted.parts)
             if measure:
                 sums = squared_error(w, fitted, entry.spec)
         finite = [mx.all(mx.isfinite(a)) for a in stored if a.dtype in (mx.bfloat16, mx.float16, mx.float32)]
@@ -140,7 +141,7 @@ class Fitting:
     def _seen(self, entry: Entry, part: int, method: str) -> tuple[mx.array | None, Hessian | None]:
         """(importance, Hessian): the fit goes by the latter alone where it is known."""
         assert entry.spec is not None
-        if self._statistics is None or method == "fast" or entry.spec.mode != "affine":
+        if self._statistics is None or method == "fast" or entry.spec.mode in FIXED:
             return None, None
         with self._lock:
             key = (self._statistics.inputs(entry), part)

@@ -149,7 +149,7 @@ def test_the_least_size_named_is_possible_and_one_byte_less_is_not():
 
 def test_nothing_to_decide_is_an_error():
     kept = policies.parse('[[rule]]\nroles = ["*"]\nkeep = true\n', "kept")
-    with pytest.raises(RotorError, match="quantizes nothing"):
+    with pytest.raises(RotorError, match="mode affine, of which it has none"):
         solved(BUNDLED, 10**9, kept)
 
 

@@ -9,6 +9,7 @@ import pytest
 from mlx_rotor.errors import RotorError
 from mlx_rotor.evals.fit_cost import inputs
 from mlx_rotor.quant.fit import Hessian, decode, fit, gptq
+from mlx_rotor.quant.fit.grids import AffineGrid, grid_of
 from mlx_rotor.quant.fit.hessian import DAMPINGS, OWN
 from mlx_rotor.quant.policy import Spec
 
@@ -43,6 +44,59 @@ def test_what_is_known_of_the_inputs_pays_in_this_order(layer, spec):
     assert descended < 0.95 * fed_back
 
 
+@pytest.mark.parametrize("spec", [Spec(2, 256, "lloyd"), Spec(3, 64, "lloyd"), Spec(4, 16, "iq4_nl")], ids=str)
+def test_it_pays_in_modes_that_mlx_does_not_have_too(layer, spec):
+    w, moments, x = layer
+    hessian = Hessian(moments)
+    plain, heeding = (lost(w, fit(w, spec, importance=i), spec, x) for i in (None, mx.diagonal(moments)))
+    fed_back = lost(w, fit(w, spec, hessian=hessian), spec, x)
+    descended = lost(w, fit(w, spec, "best", hessian=hessian), spec, x)
+    assert heeding < 0.7 * plain and fed_back < 0.85 * heeding and descended < 0.97 * fed_back
+
+
+def test_eight_bits_are_fed_back_too(layer):
+    w, moments, x = layer
+    spec = Spec(8, 32, "q8")
+    assert lost(w, fit(w, spec, hessian=moments), spec, x) < 0.9 * lost(w, fit(w, spec), spec, x)
+
+
+@pytest.mark.parametrize("spec", [Spec(3, 64, "lloyd"), Spec(4, 16, "iq4_nl"), Spec(8, 32, "q8")], ids=str)
+def test_refitted_grids_never_cost_more_and_codebooks_stay_ordered(layer, spec):
+    w, moments, _ = layer
+    hessian, block = Hessian(moments), slice(0, spec.group_size)
+    grid = grid_of(w, spec, "search")
+    inner = hessian.damped[block, block]
+    group = mx.contiguous(w.T[block])
+    stored = grid.fitted(
+        group + 0.1 * mx.random.normal(group.shape, key=mx.random.key(3)), mx.ones((group.shape[0], 1))
+    )
+    codes = grid.nearest(group, stored)
+    error = group - grid.values(codes, stored)
+    new = grid.refitted(codes, inner @ error, inner, stored)
+    moved = group - grid.values(codes, new)
+    before, after = (np.array((e * (inner @ e)).sum(axis=0)) for e in (error, moved))
+    assert np.all(after <= before * (1 + 1e-4)) and after.mean() < 0.999 * before.mean()
+    assert mx.array_equal(new[0].astype(mx.float16).astype(mx.float32), new[0])
+    if spec.mode == "lloyd":
+        assert np.all(np.diff(np.array(new[0]), axis=0) >= 0)
+
+
+@pytest.mark.parametrize("method", ["search", "best"])
+def test_outputs_of_codebooks_keep_their_length(layer, method):
+    w, moments, _ = layer
+    spec, hessian = Spec(2, 128, "lloyd"), Hessian(moments)
+    sweep = gptq.Sweep(w.T, hessian, 128, grid_of(w, spec, method))
+    sweep.feed_back()
+    sweep.descend(gptq.SWEEPS[method])
+    short = np.array(w - sweep.errors.T, np.float64)
+    exact, h = np.array(w, np.float64), np.array(hessian.damped, np.float64)
+    stored = np.array(decode(fit(w, spec, method, hessian=hessian), spec), np.float64)
+    whole = ((exact @ h) * exact).sum(-1)
+    assert ((exact @ h) * short).sum() < 0.985 * whole.sum()
+    np.testing.assert_allclose(((exact @ h) * stored).sum(-1), whole, rtol=1e-3)
+    np.testing.assert_allclose(stored / short, np.broadcast_to(np.array(sweep.lacking()).T, short.shape), rtol=2e-3)
+
+
 def test_two_bits_lose_a_fifth_of_what_mx_quantize_loses(layer):
     w, moments, x = layer
     spec = Spec(2, 64)
@@ -67,7 +121,7 @@ def test_each_row_is_near_the_optimum_on_a_matrix_small_enough_to_try_all_codes(
     found = fit(w, spec, "best", hessian=hessian)
     damped = np.array(hessian.damped, np.float64)
     codes = np.stack(np.meshgrid(*[np.arange(4)] * 4, indexing="ij"), -1).reshape(-1, 4)
-    scale, bias = (np.array(a.astype(mx.float32), np.float64) for a in (found.scales, found.biases))
+    scale, bias = (np.array(a.astype(mx.float32), np.float64) for a in found.parts[1:])
     error = np.array(w, np.float64)[:, None, :4] - (scale[:, :, None] * codes + bias[:, :, None])
     best = ((error @ damped[:4, :4]) * error).sum(-1).min(-1)
     e = np.array(w - decode(found, spec), np.float64)[:, :4]
@@ -81,13 +135,14 @@ def test_a_refit_that_rounding_spoils_is_not_taken():
     # Far from zero the bias is rounded to a multiple of many codes: the scale then has to fit the bias as it is stored.
     rng = np.random.default_rng(0)
     w, hessian = mx.array((rng.standard_normal((64, 512)) + 300).astype(np.float32)), Hessian(mx.eye(64))
-    sweep = gptq._Sweep(w, hessian, 8, 64, mx.bfloat16)
-    sweep.feed_back("best")
-    codes, bias, h = sweep.codes[0], sweep.biases[0], hessian.damped
+    grid = AffineGrid(Spec(8, 64), "best")
+    sweep = gptq.Sweep(w, hessian, 64, grid)
+    sweep.feed_back()
+    codes, (good, bias), h = sweep.codes[0], sweep.stored[0], hessian.damped
     spoiled = np.arange(512) % 2 == 0
-    start = sweep.scales[0] * mx.array(1 + spoiled / 64).astype(mx.float32)
+    start = good * mx.array(1 + spoiled / 64).astype(mx.float32)
     error = w - (start * codes + bias)
-    scale, bias = sweep._refit(codes, h @ error, h, start, bias)
+    scale, bias = grid.refitted(codes, h @ error, h, (start, bias))
     after = np.array(mx.square(w - (scale * codes + bias)).sum(axis=0))
     before = np.array(mx.square(error).sum(axis=0))
     assert np.all(after <= before * (1 + 1e-4)) and (after < 0.9 * before).mean() > 0.1
@@ -111,8 +166,7 @@ def test_without_correlations_it_is_the_weighted_fit(layer):
     found = fit(w, spec, hessian=mx.diag(importance))
     hessian = Hessian(mx.diag(importance))
     expected = fit(w, spec, importance=mx.diagonal(hessian.damped))
-    assert mx.array_equal(found.weight, expected.weight)
-    assert mx.array_equal(found.scales, expected.scales) and mx.array_equal(found.biases, expected.biases)
+    assert all(mx.array_equal(a, b) for a, b in zip(found.parts, expected.parts, strict=True))
 
 
 def test_the_factors_give_the_damped_matrix_back(layer):
@@ -135,7 +189,7 @@ def test_a_hessian_made_once_gives_what_its_matrix_gives(layer):
     hessian, spec = Hessian(moments), Spec(2, 128)
     for method in ("search", "best"):
         first, again = fit(w, spec, method, hessian=hessian), fit(w, spec, method, hessian=moments)
-        for a, b in zip(vars(first).values(), vars(again).values(), strict=True):
+        for a, b in zip(first.parts, again.parts, strict=True):
             assert mx.array_equal(a, b)
 
 
@@ -198,4 +252,4 @@ def test_fast_ignores_what_is_known(layer):
     w, moments, _ = layer
     plain = fit(w, Spec(2, 64), "fast")
     for known in ({"hessian": moments}, {"importance": mx.diagonal(moments)}):
-        assert mx.array_equal(fit(w, Spec(2, 64), "fast", **known).weight, plain.weight)
+        assert mx.array_equal(fit(w, Spec(2, 64), "fast", **known).parts[0], plain.parts[0])

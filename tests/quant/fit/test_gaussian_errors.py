@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant.fit import FITS
-from mlx_rotor.quant.fit.gaussian import ERRORS, MODE_ERRORS, measure, relative_error
-from mlx_rotor.quant.policy import BITS, FIXED, GROUP_SIZES, Spec
+from mlx_rotor.quant.fit.gaussian import ERRORS, MODE_ERRORS, OUR_ERRORS, measure, our_specs, relative_error
+from mlx_rotor.quant.spec import BITS, FIXED, GROUP_SIZES, Spec, sizes
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -19,6 +21,24 @@ def test_so_is_that_of_the_other_modes(mode):
     bits, size = FIXED[mode]
     measured = measure(Spec(bits, size, mode), "search", rows=256, seed=1)
     assert relative_error(bits, size, mode=mode) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    "spec", [Spec(2, 256, "lloyd"), Spec(4, 64, "lloyd"), Spec(4, 16, "iq4_nl"), Spec(8, 32, "q8")]
+)
+def test_and_of_those_that_mlx_does_not_have(spec, fit):
+    measured = measure(spec, fit, rows=128, seed=1)
+    assert relative_error(spec.bits, spec.group_size, fit, spec.mode) == pytest.approx(measured, rel=0.02)
+
+
+def test_it_covers_those_too_and_they_fall_alike():
+    assert list(OUR_ERRORS) == our_specs() and {s.mode for s in OUR_ERRORS} == {"lloyd", "iq4_nl", "q8"}
+    for spec, errors in OUR_ERRORS.items():
+        assert errors[0] > errors[1] >= errors[2] > 0
+        if 2 * spec.group_size in sizes(spec.mode):
+            larger = OUR_ERRORS[replace(spec, group_size=2 * spec.group_size)]
+            assert all(a < b for a, b in zip(errors, larger, strict=True))
 
 
 def test_it_covers_every_format_and_falls_with_bits_smaller_groups_and_effort():

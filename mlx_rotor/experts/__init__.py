@@ -1,0 +1,1 @@
+"""Weight formats beyond MLX's own, and the layers that use the expert kernels."""

@@ -1,0 +1,128 @@
+"""mlx_lm's SwitchGLU with the expert kernels in it: the class that a layer's own is changed to, and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from ..errors import RotorError
+from ..experts.fused import MAX_ROWS, Counts, FusedExperts, run
+from ..experts.layers import packed_of
+from ..kernels import backend
+from .notes import note, noted
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_NAME = "_rotor_experts"
+
+
+@dataclass
+class State:
+    """What a layer keeps beside its parameters.
+
+    Attributes:
+        activation: the kernels' name of it.
+        rows: numbers of tokens that the kernels are used for.
+        trying: this is a step that is only built, to see whether the kernels take it.
+        refused: why they did not.
+        chosen: experts of a token, since it was tried.
+    """
+
+    activation: str
+    rows: frozenset[int]
+    counts: Counts = field(default_factory=Counts)
+    trying: bool = False
+    refused: str = ""
+    chosen: int = 0
+    # The weights' arrays when they were read last, what was made of them, and `dtype` by x's.
+    _read: tuple[list[Any], FusedExperts | None, dict[mx.Dtype, mx.Dtype]] | None = None
+
+    def __deepcopy__(self, _: Any) -> State:
+        """Of a copied layer, whose calls are its own."""
+        return State(self.activation, self.rows, refused=self.refused, chosen=self.chosen)
+
+    def covers(self, tokens: int) -> bool:
+        """Whether the kernels are to be used for so many."""
+        return self.trying or tokens in self.rows
+
+    def read(self, layer: Any) -> tuple[FusedExperts | None, dict[mx.Dtype, mx.Dtype]]:
+        """The layer's weights as they are now, None where they are no longer packed, and dtypes known with them."""
+        gate, up, down = layer["gate_proj"], layer["up_proj"], layer["down_proj"]
+        arrays = [*gate.values(), *up.values(), *down.values()]
+        known = self._read
+        if known is None or len(known[0]) != len(arrays) or not all(map(is_, known[0], arrays)):
+            known = self._read = arrays, self._packed(gate, up, down), {}
+        return known[1], known[2]
+
+    def _packed(self, *projections: Any) -> FusedExperts | None:
+        gate, up, down = map(packed_of, projections)
+        return None if gate is None or up is None or down is None else FusedExperts(gate, up, down, self.activation)
+
+    def taking(self, layer: Any, x: mx.array, indices: mx.array) -> tuple[FusedExperts, mx.array] | None:
+        """The experts, and x in the dtype to compute in, if the kernels are to take x [.., K], indices [.., k]."""
+        k = indices.shape[-1]
+        if not k or self.refused or not self.covers(indices.size // k):
+            return None
+        experts, dtypes = self.read(layer)
+        if experts is None:
+            return None
+        dtype = dtypes.get(x.dtype)
+        if dtype is None:  # what mlx_lm's own path makes of such an x: built, never computed
+            dtype = dtypes[x.dtype] = SwitchGLU.__call__(layer, x, indices).dtype
+        x = x if dtype == x.dtype else x.astype(dtype)
+        if self.trying:
+            self.chosen = k
+            try:
+                experts.weighted(x, indices, mx.zeros(indices.shape, x.dtype))
+            except RotorError as e:
+                self.refused = str(e)
+                return None
+        return experts, x
+
+    def tiling(self, layer: Any, indices: mx.array) -> FusedExperts | None:
+        """The experts, if so many tokens go to the tiled kernels: more than kernels for few take, in our formats."""
+        k = indices.shape[-1]
+        if self.refused or not k or indices.size // k <= MAX_ROWS or backend() == "reference":
+            return None
+        experts, _ = self.read(layer)
+        return experts if experts is not None and experts.tiled else None
+
+
+class FusedSwitchGLU(SwitchGLU):
+    """Computes as the SwitchGLU it was: few tokens in two launches; more in our formats in three, around its own
+    activation, which neither copy nor sort rows; else in mlx_lm's own way."""
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        kept: State = noted(self, _NAME)
+        taken = kept.taking(self, x, indices)
+        if taken is not None:
+            return run(*taken, indices, kept.counts)
+        many = kept.tiling(self, indices)
+        if many is not None:
+            kept.counts.tiled += 1
+            return many.many(x, indices, self.activation)
+        kept.counts.stock += 1
+        out: mx.array = super().__call__(x, indices)
+        return out
+
+
+def put(layer: Any, state: State) -> None:
+    """Makes a SwitchGLU a fused one."""
+    note(layer, _NAME, state)
+    object.__setattr__(layer, "__class__", FusedSwitchGLU)
+
+
+def take(layer: Any) -> None:
+    """Makes it a SwitchGLU again; one that is not fused stays as it is."""
+    if type(layer) is FusedSwitchGLU:
+        object.__setattr__(layer, "__class__", SwitchGLU)
+        object.__delattr__(layer, _NAME)
+
+
+def state_of(layer: Any) -> State | None:
+    """What a fused layer keeps; None for another."""
+    state: State | None = noted(layer, _NAME)
+    return state

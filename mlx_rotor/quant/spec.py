@@ -1,0 +1,71 @@
+"""How one weight is stored, in config.json's words: mode, bits, group size, of MLX's modes and of our own formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RotorError
+from ..experts import formats
+
+BITS = (2, 3, 4, 5, 6, 8)  # of mode affine
+GROUP_SIZES = (32, 64, 128)
+FIXED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # modes whose bits and group size are MLX's own
+OURS = tuple(formats.ours())  # what MLX doesn't have
+MODES = ("affine", *FIXED, *OURS)
+
+
+def sizes(mode: str) -> tuple[int, ...]:
+    """Group sizes of a mode, the usual one of our own formats first."""
+    if mode in OURS:
+        return formats.known(mode)[1]
+    return (FIXED[mode][1],) if mode in FIXED else GROUP_SIZES
+
+
+def bits_of(mode: str) -> tuple[int, ...]:
+    """What a mode's codes may have."""
+    if mode in OURS:
+        return formats.known(mode)[0]
+    return (FIXED[mode][0],) if mode in FIXED else BITS
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a weight is stored: bits a code, weights a group, and the quantization mode.
+
+    A group has one bf16 scale and bias in mode affine, one 8-bit scale in MLX's others, and in ours what the format
+    says (`mlx_rotor.experts.formats`).
+    """
+
+    bits: int
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, MODES)
+        one_of("bits", self.bits, bits_of(self.mode))
+        one_of("group_size", self.group_size, sizes(self.mode))
+
+    @property
+    def format(self) -> formats.Format | None:
+        """The format, where it is one that MLX doesn't have."""
+        return formats.get(self.mode, self.bits, self.group_size) if self.mode in OURS else None
+
+    @property
+    def short(self) -> str:
+        """`3b g128`, and the mode where it isn't affine."""
+        return f"{self.bits}b g{self.group_size}" + ("" if self.mode == "affine" else f" {self.mode}")
+
+    def divides(self, columns: int) -> bool:
+        """Whether rows of so many weights can be stored so."""
+        return columns % self.group_size == 0 if self.format is None else self.format.divides(columns)
+
+    def as_config(self) -> dict[str, int | str]:
+        """The form MLX readers expect in config.json."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
+    """RotorError unless `value` is one of `known`, which it lists."""
+    if isinstance(value, bool) or value not in known:
+        raise RotorError(f"{what} = {value!r} is not supported; {what} can be {', '.join(map(str, known))}")

@@ -1,0 +1,8 @@
+"""Kernels, not twins, behind the operations that pick one."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
