@@ -21,7 +21,8 @@ def markdown(table: Table) -> str:
     notes = (
         f"- {windows} windows of {window} tokens of each text ({texts});"
         " KL(source ‖ row) in nats a token, perplexity as its change; ± one standard error between windows.",
-        "- fast: mx.quantize. search: least squares. calibrated: search with the inputs of another text and errors fed"
+        "- fast: mx.quantize; a few rounds of k-means for codebooks. search: least squares. calibrated: search with the"
+        " inputs of another text and errors fed"
         " back (GPTQ); where bits are solved for, by sensitivities measured on that text, else by the prior.",
         f"- MB: weight files with headers. {m['machine']} ({m['device']}), mlx {m['mlx']}, mlx-lm {m['mlx_lm']},"
         f" mlx_rotor {m['mlx_rotor']}, Python {m['python']}, {m['date']}.",
