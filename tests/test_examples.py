@@ -11,7 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TRAINER = {"train_demo.py", "export_demo.py"}
-ARGUMENTS = {"attach.py": [], "quantize_demo.py": ["{tmp}/out"], "compare_schemes.py": []}
+ARGUMENTS = {"attach.py": [], "quantize_demo.py": ["{tmp}/out"], "compare_schemes.py": ["exact", "turbo4v2"]}
 
 
 def test_every_script_is_run_here():

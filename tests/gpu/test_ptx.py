@@ -92,7 +92,7 @@ def test_ptxas_takes_mlx_kernels(kernel, arguments, arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("pair", [*timing.PAIRS[1:], ("iso3", "rotor3"), ("planar4", "iso2")], ids="-".join)
+@pytest.mark.parametrize("pair", [*timing.PAIRS[2:], ("iso3", "rotor3"), ("planar4", "iso2")], ids="-".join)
 def test_ptxas_takes_our_kernels(pair, arch, tmp_path):
     """A decode step of 48 query heads over 8, a prefill of 40 queries, both codecs' encoding and decoding."""
     needs_libdevice()
