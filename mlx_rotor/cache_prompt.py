@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from . import load, make_prompt_cache
     from .host import prompting, report
+    from .host.experts import attach_experts
     from .host.generation import fill
     from .host.prompt_files import save_prompt_cache, written_path
 
@@ -47,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         tokens = prompting.encode(tokenizer, text, rendered=False).tokens
     caches = make_prompt_cache(model, scheme, max_kv_size=args.max_kv_size)
+    experts = attach_experts(model, args.experts)
     if not args.json:
         print(f"KV cache {scheme.name if scheme else 'exact'}: {report.describe(caches)}", flush=True)
+        if experts.layers:
+            print(f"Experts: {experts.describe()}", flush=True)
     fill(model, tokens, caches, progress=not args.json)
     metadata = {"tokenizer_config": json.dumps(config)}
     if args.model is not None:  # The bundled model is where the package is: another place on another machine.

@@ -8,12 +8,12 @@ from typing import Any
 from .errors import RotorError
 
 PARTS = ("kv_sinks", "kv_ring", "kv_protect_layers")
-EXPERTS = ("auto", "fused", "stock")
 
 
 def completed(parser: argparse.ArgumentParser, command: str, description: str) -> argparse.ArgumentParser:
     """A parser of mlx_lm's as that of `command`: the bundled model is the default, and ours are added."""
     from .cache import DEFAULT
+    from .host.experts import AUTO, MODES
 
     parser.prog, parser.description = f"mlx_rotor {command}", description
     parser.set_defaults(model=None)
@@ -30,7 +30,7 @@ def completed(parser: argparse.ArgumentParser, command: str, description: str) -
     kv.add_argument("--kv-protect-layers", type=int, metavar="N", help="end layers one codec step up (default: 2)")
     experts = parser.add_argument_group("experts of mixture-of-experts models")
     what = "fused: our kernels; stock: mlx_lm's own way; auto (the default): fused where it is known to run and to pay"
-    experts.add_argument("--experts", choices=EXPERTS, default=EXPERTS[0], help=what)
+    experts.add_argument("--experts", choices=MODES, default=AUTO, help=what)
     return parser
 
 

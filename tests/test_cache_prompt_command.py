@@ -107,3 +107,12 @@ def test_mistakes_are_one_line_and_leave_no_file(one_load, flags, says, capsys, 
     assert command.run(cache_prompt.main, ["--prompt", "hi", *flags]) == 1
     err = capsys.readouterr().err.strip()
     assert err.startswith("error: ") and says in err and "\n" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_experts_run_as_asked_or_not_at_all(one_load, tmp_path, capsys):
+    file = tmp_path / "prompt.safetensors"
+    arguments = ["--prompt-cache-file", str(file), "--prompt", "hi", "--kv", "exact"]
+    assert command.run(cache_prompt.main, [*arguments, "--experts", "fused"]) == 1
+    assert "--experts fused can't be done" in capsys.readouterr().err and not file.exists()
+    assert command.run(cache_prompt.main, [*arguments, "--experts", "stock"]) == 0
+    assert "Experts: 8 layers left to mlx_lm (--experts stock)" in capsys.readouterr().out

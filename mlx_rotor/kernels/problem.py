@@ -9,9 +9,9 @@ import mlx.core as mx
 from ..errors import RotorError
 from . import metal
 from .runs import ExactRun, PackedRun, Ready
+from .spec import DTYPES
 
 LOG2E = 1.4426950408889634
-DTYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 POSITION = "threadgroup_position_in_grid, thread_index_in_threadgroup, thread_index_in_simdgroup"
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2  # MLX_ROTOR_NO_MASK ...
 CAUSAL, EXACT, KEPT, BETWEEN, BEHIND = 1, 2, 4, 8, 16  # flags, as rows.h has them

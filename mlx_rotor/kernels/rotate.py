@@ -5,8 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import metal
-from .problem import DTYPES
-from .spec import KernelSpec, Struct
+from .spec import DTYPES, KernelSpec, Struct
 
 THREADS, VECTORS = 128, 16  # MLX_ROTOR_ROTATE_VECTORS
 

@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from ..errors import RotorError
 
+DTYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}  # and their Metal types
+
 
 @dataclass(frozen=True)
 class Struct:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ...errors import RotorError
-from ...kernels.spec import Struct
+from ...kernels.spec import DTYPES, Struct
 
 BLOCK = 32  # weights, whose codes fill whole words at any bits
-METAL_TYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 DTYPE_NAMES = {mx.uint32: "U32", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32"}
 
 
@@ -77,9 +76,9 @@ class Format(ABC):
         return codes, *(Tensor(name, self.beside_dtype(), shape) for name in self.beside)
 
     def struct(self, dtype: mx.Dtype) -> Struct:
-        if dtype not in METAL_TYPES:
+        if dtype not in DTYPES:
             raise RotorError(f"{self.mode}: kernels read float16, bfloat16 or float32 beside codes, not {dtype}")
-        return Struct(f"weight/{self.header}", self.metal(METAL_TYPES[dtype]))
+        return Struct(f"weight/{self.header}", self.metal(DTYPES[dtype]))
 
     @property
     def bits_per_weight(self) -> float:

@@ -9,8 +9,7 @@ import mlx.core as mx
 
 from ...errors import RotorError
 from .. import metal
-from ..problem import DTYPES
-from ..spec import Struct
+from ..spec import DTYPES, Struct
 from ..weights import PackedWeight
 from .geometry import Geometry, check, geometry, side
 from .prepared import Launch, names_of, pointer

@@ -9,7 +9,7 @@ from functools import cache
 import mlx.core as mx
 
 from ...errors import RotorError
-from ..problem import DTYPES
+from ..spec import DTYPES
 from ..weights import PackedWeight
 
 BLOCK, BLOCK_FLOATS = 32, 36  # weights that a lane takes at a time; MLX_ROTOR_BLOCK

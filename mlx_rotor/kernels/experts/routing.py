@@ -11,7 +11,7 @@ import mlx.core as mx
 from ...errors import RotorError
 from .. import metal, verdicts
 from ..launch import backend
-from ..problem import DTYPES
+from ..spec import DTYPES
 
 MAX_EXPERTS, MAX_CHOSEN, MAX_GROUPS = 1024, 32, 32
 SCORES = {"sigmoid": 0, "softmax": 1, "softmax_of_chosen": 2}  # MLX_ROTOR_SIGMOID ...

@@ -13,8 +13,7 @@ import mlx.core as mx
 
 from ...errors import RotorError
 from .. import metal
-from ..problem import DTYPES
-from ..spec import Struct
+from ..spec import DTYPES, Struct
 from ..weights import PackedWeight
 
 THREADS, COLUMNS = 128, 32  # MLX_ROTOR_TILE_COLUMNS
