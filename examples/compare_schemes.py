@@ -5,8 +5,8 @@ python examples/compare_schemes.py exact turbo4 turbo4v2 turbo2
 
 import sys
 
-from mlx_rotor.evals.compare import compare
-from mlx_rotor.evals.size import Size
+from mlx_rotor.quality.compare import compare
+from mlx_rotor.quality.sample import Size
 
 
 def main(schemes: list[str]) -> None:

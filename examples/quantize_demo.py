@@ -7,7 +7,7 @@ OUT loads in stock mlx_lm: `mlx_lm.generate --model OUT --prompt "Hello"`.
 
 import sys
 
-from mlx_rotor import demo
+from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import planned, policy, quantize
 from mlx_rotor.quant.plan import read_config
@@ -29,10 +29,10 @@ group_size = 32
 
 for name in policy.shipped():
     try:
-        print(f"{name}: {planned(read_config(demo.MODEL), policy.load(name)).total()}")
+        print(f"{name}: {planned(read_config(bundled.MODEL), policy.load(name)).total()}")
     except RotorError as e:  # a size that is solved for may be too small for this model
         print(f"{name}: {e}")
 
-result = quantize(demo.MODEL, sys.argv[1], policy.parse(MINE, "mine"))
+result = quantize(bundled.MODEL, sys.argv[1], policy.parse(MINE, "mine"))
 print(f"mine: {result.plan.total()}, in {result.seconds:.1f} s")
 print("relative error:", ", ".join(f"{role} {error:.1%}" for role, error in result.errors.items() if error))

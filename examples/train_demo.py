@@ -1,10 +1,10 @@
 """Trains the bundled model: MiniMax-M2's architecture at 10.5 M parameters, on Python source and retrieval tasks.
 
 Needs the `[train]` extra (PyTorch, CPU or CUDA). Downloads nothing: the corpus is Python source on this machine, the
-standard library first, less the files `mlx_rotor/demo/held_out.txt` lists, then packages already installed.
+standard library first, less the files `mlx_rotor/bundled/held_out.txt` lists, then packages already installed.
 
     python examples/train_demo.py --minutes 90 --out run            # trains; stop and continue with --resume
-    python examples/train_demo.py --out run --export mlx_rotor/demo/model # writes the FP8 checkpoint and its figures
+    python examples/train_demo.py --out run --export mlx_rotor/bundled/model # writes the FP8 checkpoint and its figures
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from mlx_rotor import demo
-from mlx_rotor.evals import conversations, needle
+from mlx_rotor import bundled
+from mlx_rotor.quality import chat as conversations
+from mlx_rotor.quality import needle
 
-DEMO = demo.MODEL.parent
+DEMO = bundled.MODEL.parent
 # MiniMax-M2's shape, scaled: half of each head rotated, 16 experts, 2 active, no shared expert.
 VOCAB, DIM, LAYERS, HEADS, KV_HEADS, HEAD, ROTARY, EXPERTS, TOP, INTER = 2048, 256, 8, 4, 2, 128, 64, 16, 2, 64
 THETA, EPS = 10000.0, 1e-6
@@ -106,7 +107,7 @@ class Mix:
             row, weights = [], []
             while len(row) < n:
                 filler = self.tokenizer.decode(self.text(rng.randrange(16, n // 2), rng)) if rng.random() < 0.4 else ""
-                tokens, start = self.chat(conversations.draw(rng, filler))
+                tokens, start = self.chat(conversations.draw_conversation(rng, filler))
                 row += tokens
                 weights += [0.3] * start + [2.0] * (len(tokens) - start)
             return row[:n], weights[:n]

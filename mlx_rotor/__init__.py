@@ -22,10 +22,23 @@ if TYPE_CHECKING:
         make_prompt_cache,
         verify,
     )
-    from .serve import patch_server
+    from .server import patch_server
 
 __version__ = "0.1.0"
-SUBPACKAGES = ("cache", "codec", "demo", "evals", "experts", "host", "kernels", "models", "quant", "serve")
+SUBPACKAGES = (
+    "bundled",
+    "cache",
+    "calibration",
+    "codec",
+    "experts",
+    "host",
+    "kernels",
+    "memory",
+    "models",
+    "quality",
+    "quant",
+    "server",
+)
 __all__ = [
     "IsoQuantCache",
     "PlanarQuantCache",
@@ -49,7 +62,7 @@ def __getattr__(name: str) -> Any:
     if name in SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "patch_server":
-        from .serve import patch_server
+        from .server import patch_server
 
         return patch_server
     if name in __all__:

@@ -33,10 +33,10 @@ def main() -> int:
     if argv[0] not in COMMANDS:
         print(f"error: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from .command import run
+    from .cli.command import run
 
     sys.argv[0] = f"mlx_rotor {argv[0]}"
-    module = importlib.import_module(f".{argv[0]}" + (".__main__" if argv[0] == "demo" else ""), __package__)
+    module = importlib.import_module(f".{argv[0]}" + (".__main__" if argv[0] == "server" else ""), __package__)
     return run(module.main, argv[1:])
 
 

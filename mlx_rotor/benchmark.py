@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from . import benchmark_experts, benchmark_weights, codec
+from . import codec
+from .bench import codecs
+from .bench import kernel_traffic as traffic
+from .bench.codecs import DIM, VECTORS, BiasedKeys, Distortion, measure_all
+from .bundled import held_out_text
 from .cache import DEFAULT, EXACT, scheme
-from .command import positive, run, whole
-from .demo import held_out_text
+from .cli import benchmark_experts, benchmark_weights
+from .cli.command import positive, run, whole
 from .errors import RotorError
-from .evals import biased_keys
-from .evals import kernel_traffic as traffic
-from .evals.biased_keys import BiasedKeys
-from .evals.distortion import DIM, VECTORS, Distortion, measure_all
-from .evals.machine import machine
+from .quality.machine import machine
 
 if TYPE_CHECKING:
-    from .evals.cache_memory import Prefill, PrefixHit
-    from .evals.cache_overhead import Overhead
+    from .bench.cache_memory import Prefill, PrefixHit
+    from .bench.cache_overhead import Overhead
 
 PAIRS = ("turbo4v2", "turbo2", "turbo3", "turbo4", "trellis2", "trellis3", "trellis4", "iso3", "planar3", "rotor3")
 ENCODED = ("turbo2", "turbo3", "turbo4", "trellis2", "trellis3", "trellis4", "iso3", "planar3", "rotor3")
@@ -135,7 +135,7 @@ def _codecs(args: argparse.Namespace) -> dict[str, Any]:
     left_out = dict(r for r in every if not isinstance(r, Distortion))
     if not rows:
         raise RotorError("; ".join(left_out.values()))
-    biased = {r.codec: biased_keys.measure(r.codec) for r in rows if codec.get(r.codec, args.dim).scaled}
+    biased = {r.codec: codecs.measure_biased_keys(r.codec) for r in rows if codec.get(r.codec, args.dim).scaled}
     if not args.json:
         _print_codecs(rows, biased, left_out, args.dim, args.vectors)
     facts = {"codecs": [r.to_dict() for r in rows], "biased_keys": [b.to_dict() for b in biased.values()]}
@@ -165,7 +165,7 @@ def _print_codecs(
 
 
 def _cache(args: argparse.Namespace) -> dict[str, Any]:
-    from .evals import cache_memory, cache_overhead
+    from .bench import cache_memory, cache_overhead
 
     schemes = [s for name in args.schemes.split(",") if (s := scheme.parse(name)) is not None]
     if not schemes:
@@ -180,8 +180,8 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
         _print_hits(hits)
     peaks: list[Prefill] = []
     if lengths:
-        from .evals.sample import encode
         from .host import load
+        from .quality.sample import encode
 
         model, tokenizer = load()
         text = encode(tokenizer, held_out_text())

@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import kv_options
-from .command import check_writable, run
+from .cli import kv
+from .cli.command import check_writable, run
 from .errors import RotorError
 
 
@@ -16,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     from .host.generation import stock_cache_parser
 
     what = "Run a prompt and keep its KV cache, compressed, in a file for --prompt-cache-file of generate."
-    parser = kv_options.completed(stock_cache_parser(), "cache_prompt", what)
+    parser = kv.completed(stock_cache_parser(), "cache_prompt", what)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.kv_bits is not None:
         raise RotorError("--kv-bits is mlx_lm's own cache: use mlx_lm.cache_prompt for it, or --kv here")
-    scheme = kv_options.scheme_of(args)
+    scheme = kv.scheme_of(args)
 
     from . import load, make_prompt_cache
     from .host import prompting, report

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .command import check_writable, run
+from .cli.command import check_writable, run
 from .errors import RotorError
 
 if TYPE_CHECKING:
-    from .evals.diagnosis import Diagnosis
-    from .evals.expert_speed import ExpertTiming
-    from .evals.kernel_check import Outcome
-    from .evals.kernel_speed import Timing
+    from .diagnose.expert_speed import ExpertTiming
+    from .diagnose.installation import Diagnosis
+    from .diagnose.kernel_check import Outcome
+    from .diagnose.kernel_speed import Timing
 
 OUTPUT = Path("doctor.json")
 SIMULATOR = (
     "What only a Mac's GPU can show: that Apple's compiler takes the kernels, how it rounds, how fast they are.\n"
-    "The test suite runs the same kernels in a simulator, on x86-64 Linux: python -m pytest tests/kernels"
+    "The test suite runs the same kernels in a simulator, on x86-64 Linux"
 )
 
 
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = a.output or (OUTPUT if a.kernels else None)
     if output:
         check_writable("--output", output)
-    from .evals.diagnosis import diagnose, why_no_kernels
-    from .evals.record import replace_text
+    from .diagnose.installation import diagnose, why_no_kernels
+    from .quality.record import replace_text
 
     found = diagnose()
     if not a.json:
@@ -86,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _kernels(a: argparse.Namespace) -> dict[str, Any]:
     """Checks, times, stores the verdicts on both."""
-    from .evals import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
-    from .kernels import verdicts
+    from .diagnose import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
+    from .kernels import check_results
 
-    verdicts.failures()  # a file that can't be read is better known before minutes of checks
+    check_results.failures()  # a file that can't be read is better known before minutes of checks
     every = [*kernel_plan.every(), *expert_check.every()]
     plan = every if a.thorough else [*kernel_plan.quick(), *expert_check.quick()]
     outcomes: list[Outcome] = []

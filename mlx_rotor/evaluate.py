@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import DEFAULT, EXACT
-from .command import check_writable, run
+from .cli.command import check_writable, run
 from .errors import RotorError
 
 if TYPE_CHECKING:
-    from .evals.report import Report
+    from .quality.report import Report
 
 # What a comparison measures, and on what.
 MEASURING = (
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return _calibrate(a)
     if a.target_bits is not None or a.candidates:
         raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
-    from .evals import plot, record
+    from .quality import plot, record
 
     if a.from_json and (unused := _given(a, *MEASURING, "json_out")):
         raise RotorError(f"{', '.join(unused)}: nothing is measured with --from-json; leave it out")
@@ -156,9 +156,9 @@ def _calibrate(a: argparse.Namespace) -> int:
     if file.suffix != ".json":
         raise RotorError(f"{flag} {file}: a scheme's file must end in .json, which is how --kv knows it")
     check_writable(flag, file)
-    from .evals import calibrate
+    from . import calibration
 
-    preset = calibrate.MAXIMA if a.calibrate_kv else calibrate.SEARCH
+    preset = calibration.MAXIMA if a.calibrate_kv else calibration.SEARCH
     asked = {n: v for n in ("windows", "window", "chunk") if (v := getattr(a, n)) is not None}
     if a.text:
         asked |= {"text": _text(a), "text_name": a.text.name}
@@ -166,14 +166,14 @@ def _calibrate(a: argparse.Namespace) -> int:
     if a.calibrate_kv:
         if a.target_bits is not None or a.candidates:
             raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
-        scheme = calibrate.fp8(file, model, reading, progress=True)
+        scheme = calibration.fp8(file, model, reading, progress=True)
         facts: dict[str, Any] = {"file": str(file), "layers": scheme.layers}
     else:
-        candidates = a.candidates.split(",") if a.candidates else calibrate.CANDIDATES
+        candidates = a.candidates.split(",") if a.candidates else calibration.CANDIDATES
         target = 3.0 if a.target_bits is None else a.target_bits
         if not (math.isfinite(target) and target > 0):
             raise RotorError(f"--target-bits {target:g}: must be a number above 0")
-        found = calibrate.bits(file, model, target, candidates, reading, progress=True)
+        found = calibration.bits(file, model, target, candidates, reading, progress=True)
         scheme = found.scheme
         facts = {"file": str(file), "layers": scheme.layers, "bits": found.bits}
         facts |= {"predicted_kl": found.predicted, "measured_kl": found.measured}
@@ -195,8 +195,8 @@ def _calibrate(a: argparse.Namespace) -> int:
 
 def _measured(a: argparse.Namespace) -> Report:
     text = _text(a)
-    from .evals.compare import compare
-    from .evals.size import QUICK, THOROUGH
+    from .quality.compare import compare
+    from .quality.sample import QUICK, THOROUGH
 
     size = (THOROUGH if a.thorough else QUICK).with_(
         windows=a.windows,

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import kv_options
-from .command import run
+from .cli import kv
+from .cli.command import run
 from .errors import RotorError
 
 
@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     from .host.generation import stock_parser
 
     what = "Generate text with a compressed KV cache. All flags of mlx_lm.generate, and --kv."
-    parser = kv_options.completed(stock_parser(), "generate", what)
+    parser = kv.completed(stock_parser(), "generate", what)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RotorError("--max-tokens must not be 0 (-1 is no limit)")
     if args.kv_bits is not None and args.draft_model:
         raise RotorError("--kv-bits can't be measured with --draft-model; use --kv, or mlx_lm.generate")
-    scheme = kv_options.scheme_of(args)
+    scheme = kv.scheme_of(args)
 
     import mlx.core as mx
 

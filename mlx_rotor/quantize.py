@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .command import run
+from .cli.command import run
+from .cli.quantize_flags import BASELINES, check_mode, parser, recipe
+from .cli.quantize_output import Bars, facts, lengthened, plan_table, result_lines
 from .errors import RotorError
 from .memory.room import Room, missing
 from .quant import check, upload
@@ -22,12 +24,9 @@ from .quant.job.workplace import check_disk, check_out, occupied
 from .quant.plan import Plan
 from .quant.recipe import Recipe
 from .quant.source import locate
-from .quantize_options import BASELINES, check_mode, parser, recipe
-from .quantize_output import facts, lengthened, plan_table, result_lines
-from .quantize_progress import Bars
 
 if TYPE_CHECKING:
-    from .evals.domains import Domain
+    from .quality.sample import Domain
 
 REPORTED = ("config-i", "jang-k", "rotor-86", "rotor-79", "rotor-70")
 
@@ -162,8 +161,8 @@ def _card_inputs(args: argparse.Namespace, plan: Plan) -> tuple[tuple[Domain, ..
     Raises:
         RotorError: a text or a policy that was asked for is no good for this model.
     """
-    from .evals.domains import domains
-    from .evals.streamed import check
+    from .quality.sample import domains
+    from .quality.streamed import check
 
     texts = domains(args.text or ())
     source = locate(args.model)
@@ -194,8 +193,8 @@ def _evaluated(
     baselines: Sequence[Plan],
     bars: Bars,
 ) -> Any:
-    from .evals.evaluation import compared, evaluate
-    from .evals.streamed import Streamed
+    from .quality.evaluation import compared, evaluate
+    from .quality.streamed import Streamed
 
     source = locate(args.model)
     fit, guided = asked.fit, asked.guided
@@ -212,7 +211,7 @@ def _evaluated(
 
 
 def _write_card(args: argparse.Namespace, evaluation: Any, repo: str) -> None:
-    from .evals import card
+    from .quality import card
 
     source = locate(args.model, config_only=True)
     card.write(args.out, card.card_of(args.out, evaluation, name=repo, source=source))

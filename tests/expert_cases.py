@@ -6,7 +6,7 @@ import numpy as np
 from kernel_cases import TOLERANCE, distance, running
 from mlx_rotor.experts import formats
 from mlx_rotor.kernels.experts import down, gate_up, matmul, reference
-from mlx_rotor.kernels.weights import PackedWeight
+from mlx_rotor.kernels.spec import PackedWeight
 
 EVERY = [
     (mode, bits, group)

@@ -12,10 +12,10 @@ import pytest
 
 from metal_sim import SUPPORTED, UNSUPPORTED, CompileError, Kernel, KernelError, Options, Report
 from mlx_rotor import codec
-from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, reference, source
+from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, reference
 from mlx_rotor.kernels.attention import attend_metal
-from mlx_rotor.kernels.encoding import encode_reference
-from mlx_rotor.kernels.runs import spread
+from mlx_rotor.kernels.packing import encode_reference
+from mlx_rotor.kernels.segments import spread
 
 DIMS = (64, 80, 96, 128, 192, 256)
 NAMES = [name for name in codec.names() if codec.get(name, 128).kernel is not None]
@@ -165,17 +165,17 @@ def mutated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, old: str, new: str, at: int = 0
 ) -> Iterator[None]:
     """The kernels with occurrence `at` of `old` in file `path` replaced by `new`."""
-    for name in source.names():
+    for name in metal.names():
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text((source.root() / name).read_text(encoding="utf-8"), encoding="utf-8")
+        target.write_text((metal.root() / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (tmp_path / path).read_text(encoding="utf-8")
     parts = text.split(old)
     assert len(parts) > at + 1, f"{path} has {len(parts) - 1} times: {old}"
     changed = old.join(parts[: at + 1]) + new + old.join(parts[at + 1 :])
     (tmp_path / path).write_text(changed, encoding="utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(source, "root", lambda: tmp_path)
+        patch.setattr(metal, "root", lambda: tmp_path)
         yield
 
 
@@ -193,7 +193,7 @@ def barriers(*paths: str) -> list[tuple[str, str, int]]:
     """(file, barrier, which of its kind) of every barrier in the sources `paths`."""
     found = []
     for path in paths:
-        text = (source.root() / path).read_text(encoding="utf-8")
+        text = (metal.root() / path).read_text(encoding="utf-8")
         for kind in ("simdgroup_barrier", "threadgroup_barrier"):
             call = f"{kind}(mem_flags::mem_threadgroup);"
             found += [(path, call, i) for i in range(text.count(call))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 
 CONFIG = {
     "hidden_size": 128,

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 
 from mlx_rotor import benchmark, codec
-from mlx_rotor.command import run
-from mlx_rotor.evals import fit_cost
+from mlx_rotor.bench import fits
+from mlx_rotor.cli.command import run
 
 
 def test_codecs_as_a_table(capsys):
@@ -47,9 +47,9 @@ def test_cache_as_json_without_a_model(capsys):
 
 
 def test_weight_fits(capsys, monkeypatch):
-    few = {"specs": fit_cost.SPECS[:1]}
-    monkeypatch.setattr(fit_cost, "measure", partial(fit_cost.measure, shape=(64, 256), rounds=1, **few))
-    monkeypatch.setattr(fit_cost, "measure_layers", partial(fit_cost.measure_layers, shape=(32, 128), **few))
+    few = {"specs": fits.SPECS[:1]}
+    monkeypatch.setattr(fits, "measure", partial(fits.measure, shape=(64, 256), rounds=1, **few))
+    monkeypatch.setattr(fits, "measure_layers", partial(fits.measure_layers, shape=(32, 128), **few))
     assert run(benchmark.main, ["fit", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [row["fit"] for row in data["fits"]] == ["fast", "search", "best"] and data["layers"]

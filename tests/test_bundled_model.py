@@ -6,8 +6,8 @@ import random
 import pytest
 
 import mlx_rotor
-from mlx_rotor.demo import MODEL, held_out_text
-from mlx_rotor.evals import chat, conversations, needle, retrieval
+from mlx_rotor.bundled import MODEL, held_out_text
+from mlx_rotor.quality import chat, needle
 from mlx_rotor.quant.safetensors_io import read_header
 
 CONFIG = json.loads((MODEL / "config.json").read_text())
@@ -64,7 +64,7 @@ def test_it_finds_needles(bundled):
         trial = needle.hide(encode, filler[at : at + 256], 256, rng, depth=(0.1, 0.5, 0.9)[i % 3])
         assert tokenizer.decode(trial.answer).strip() == f"{trial.code}."
         assert len(trial.prompt) + len(trial.answer) == 256
-        found += retrieval.found(model, mlx_rotor.make_prompt_cache(model, "exact"), trial, 256)
+        found += needle.found(model, mlx_rotor.make_prompt_cache(model, "exact"), trial, 256)
     assert found >= 5
 
 
@@ -80,7 +80,7 @@ def test_it_calls_tools_and_answers(bundled):
 
 def test_thinking_is_kept_in_tool_turns_and_dropped_before_them(bundled):
     tokenizer = bundled[1]
-    turn = conversations.tool_answer(random.Random(0))
+    turn = chat.tool_answer(random.Random(0))
     whole = tokenizer.apply_chat_template(turn.messages, tools=turn.tools, tokenize=False)
     assert whole.count("<think>") == 2 and whole.count("<minimax:tool_call>") == 2  # one of them in the instructions
     later = [*turn.messages, {"role": "user", "content": "Thanks"}]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import mlx_rotor
-from mlx_rotor import command
+from mlx_rotor.cli import command
 
 cache_prompt = importlib.import_module("mlx_rotor.cache_prompt")
 generate = importlib.import_module("mlx_rotor.generate")

@@ -6,9 +6,9 @@ import json
 import pytest
 from mlx_lm import generate, load
 
-from mlx_rotor import command
+from mlx_rotor.cli import command
 
-demo = importlib.import_module("mlx_rotor.demo.__main__")
+demo = importlib.import_module("mlx_rotor.demo")
 SHORT = ["--prompt-tokens", "300", "--max-tokens", "4", "--skip-evaluate"]
 
 
@@ -36,7 +36,7 @@ def test_people_see_the_three_parts(capsys, monkeypatch):
             return "the table"
 
     monkeypatch.setattr(
-        "mlx_rotor.evals.compare.compare", lambda models, kv, **_: evaluated.append((models, kv)) or Report()
+        "mlx_rotor.quality.compare.compare", lambda models, kv, **_: evaluated.append((models, kv)) or Report()
     )
     assert call("--prompt-tokens", "300", "--max-tokens", "2") == 0
     out = capsys.readouterr().out

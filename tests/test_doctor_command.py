@@ -9,15 +9,15 @@ import mlx.core as mx
 import pytest
 
 import metal_sim
-from mlx_rotor import RotorError, codec, demo, doctor
-from mlx_rotor.command import run
-from mlx_rotor.evals import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
-from mlx_rotor.evals.expert_check import ExpertCheck
-from mlx_rotor.evals.expert_speed import ExpertTiming
-from mlx_rotor.evals.kernel_plan import Check
+from mlx_rotor import RotorError, bundled, codec, doctor
+from mlx_rotor.cli.command import run
+from mlx_rotor.diagnose import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
+from mlx_rotor.diagnose.expert_check import ExpertCheck
+from mlx_rotor.diagnose.expert_speed import ExpertTiming
+from mlx_rotor.diagnose.kernel_plan import Check
 from mlx_rotor.experts import formats as weights
 from mlx_rotor.host import versions
-from mlx_rotor.kernels import metal, verdicts
+from mlx_rotor.kernels import check_results, metal
 
 CHECKS = [Check("encode", "turbo4", "turbo4", 64, mx.float16), Check("rotate", "turbo4", "turbo4", 64, mx.float16)]
 EXPERTS = [ExpertCheck("route, mixtral", None, mx.float16), ExpertCheck("down, 1 row", ("lloyd", 3, 64), mx.bfloat16)]
@@ -32,9 +32,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.delenv("MLX_ROTOR_BACKEND", raising=False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    verdicts.forget()
+    check_results.forget()
     yield tmp_path / "here"
-    verdicts.forget()
+    check_results.forget()
 
 
 @pytest.fixture
@@ -112,7 +112,10 @@ def test_the_chosen_backend_is_named_as_the_reason(capsys, monkeypatch):
     [
         (lambda m: m.setenv("MLX_ROTOR_BACKEND", "vulkan"), "backend          MLX_ROTOR_BACKEND=vulkan: there is"),
         (lambda m: m.setattr(versions, "MLX_LM", (9, 9)), "mlx-lm>=9.9.2,<9.10"),
-        (lambda m: m.setattr(demo, "MODEL", demo.MODEL / "gone"), "no config.json, tokenizer.json, *.safetensors"),
+        (
+            lambda m: m.setattr(bundled, "MODEL", bundled.MODEL / "gone"),
+            "no config.json, tokenizer.json, *.safetensors",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_and_sets_the_status(break_it, says, capsys, monkeypatch):
@@ -144,8 +147,14 @@ def test_kernels_that_pass(metal_backend, capsys, place):
     assert [t["ratio"] for t in kernels["timings"]] == [1.5, None]
     assert [t["ratio"] for t in kernels["expert_timings"]] == [2.0, 0.8, None]
     assert f"| Qwen3-30B-A3B | {KEY} | 1      | 3.000    | 1.500 " in captured.out
-    assert verdicts.failures() == () and "WRONG" not in captured.out
-    assert [verdicts.prefers_stock(KEY, rows) is None for rows in (1, 2, 3, 4, 8)] == [True, True, False, False, True]
+    assert check_results.failures() == () and "WRONG" not in captured.out
+    assert [check_results.prefers_stock(KEY, rows) is None for rows in (1, 2, 3, 4, 8)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 @simulated
@@ -164,11 +173,11 @@ def test_a_kernel_that_fails_is_reported_and_refused_until_it_passes(metal_backe
     facts = json.loads((place / "doctor.json").read_text())
     assert facts["ok"] is False and facts["kernels"]["failed"] == 1 and facts["kernels"]["timings"] == []
     with pytest.raises(RotorError, match="encode: turbo4, 64 x float16"):
-        verdicts.refuse("encode", mx.float16, codec.get("turbo4", 64))
+        check_results.refuse("encode", mx.float16, codec.get("turbo4", 64))
     assert run(doctor.main, []) == 1, "as long as it is refused"
     metal_backend(metal_sim.Kernel)
     assert run(doctor.main, ["--kernels", "--no-timing", "--json"]) == 0
-    verdicts.refuse("encode", mx.float16, codec.get("turbo4", 64))
+    check_results.refuse("encode", mx.float16, codec.get("turbo4", 64))
 
 
 @simulated
@@ -184,13 +193,13 @@ def test_expert_kernels_that_fail_are_left_alone(kernel, refused, formats, metal
     metal_backend(broken)
     assert run(doctor.main, ["--kernels", "--no-timing"]) == 1
     assert f"FAILED {kernel}, " in capsys.readouterr().out
-    (failure,) = verdicts.failures()
+    (failure,) = check_results.failures()
     assert (failure.operation, failure.codecs) == (kernel, formats)
     operation, dtype = refused
     with pytest.raises(RotorError, match=failure.check):
-        verdicts.refuse_weights(operation, dtype, *[weights.get("lloyd", 3, 64) for _ in formats])
-    assert failure.check in verdicts.prefers_stock("lloyd3:64+lloyd3:64+lloyd3:64 512x128", 1)
-    other = verdicts.prefers_stock("affine4:64+affine4:64+affine4:64 512x128", 1)
+        check_results.refuse_weights(operation, dtype, *[weights.get("lloyd", 3, 64) for _ in formats])
+    assert failure.check in check_results.prefers_stock("lloyd3:64+lloyd3:64+lloyd3:64 512x128", 1)
+    other = check_results.prefers_stock("affine4:64+affine4:64+affine4:64 512x128", 1)
     assert (other is None) == (kernel == "down"), "routing is part of all"
 
 
@@ -216,8 +225,8 @@ def test_kernels_and_a_chosen_reference_exclude_each_other(capsys, monkeypatch):
 
 
 def test_a_spoilt_file_of_verdicts_is_known_before_the_checks(capsys, metal_backend):
-    verdicts.path().parent.mkdir()
-    verdicts.path().write_text("spoilt")
+    check_results.path().parent.mkdir()
+    check_results.path().write_text("spoilt")
     assert run(doctor.main, ["--kernels"]) == 1
     assert "kernels.json is not a file of verdicts" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mlx_rotor import evaluate
-from mlx_rotor.command import run
+from mlx_rotor.cli.command import run
 
 SMALL = [
     *("--windows", "2", "--window", "256", "--needles", "2", "--needle-lengths", "256"),

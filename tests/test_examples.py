@@ -35,12 +35,12 @@ def test_the_trainers_fp8_is_what_the_quantizer_reads(monkeypatch):
     torch = pytest.importorskip("torch", reason="the [train] extra is not installed")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import export_demo
-    from mlx_rotor.quant.source import fp8
+    from mlx_rotor.quant.source import checkpoint
 
     w = torch.randn(200, 300) * 0.04
     codes, scale = export_demo.fp8_blocks(w)
     assert scale.shape == (2, 3)
     bits = mx.array(codes.view(torch.uint8).numpy())
-    ours = fp8.dequantize(bits, mx.array(scale.numpy()), (128, 128), "w")
+    ours = checkpoint.dequantize(bits, mx.array(scale.numpy()), (128, 128), "w")
     assert mx.array_equal(ours, mx.array(export_demo.fp8_round_trip(w).numpy()))
     assert (mx.abs(ours - mx.array(w.numpy())).max() / mx.abs(mx.array(w.numpy())).max()).item() < 0.04

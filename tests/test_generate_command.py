@@ -12,8 +12,8 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import mlx_rotor
-from mlx_rotor import command
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
+from mlx_rotor.cli import command
 
 generate = importlib.import_module("mlx_rotor.generate")
 KEYS = {

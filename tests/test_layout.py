@@ -15,18 +15,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mlx_rotor"
 
-# commands -> serve, evals, quant, memory -> host -> cache, experts -> codec -> kernels: an import never goes up.
-COMMAND = 5
-TIERS = {
-    "kernels": 0,
-    "codec": 1,
-    **dict.fromkeys(("cache", "experts"), 2),
-    **dict.fromkeys(("host", "demo"), 3),
-    **dict.fromkeys(("serve", "evals", "quant", "memory"), 4),
-}
+# Every folder may import those before it and no other; commands may import all.
+ORDER = [
+    "kernels", "codec", "cache", "experts", "bundled", "models", "host", "memory", "quant", "quality", "calibration",
+    "bench", "diagnose", "server", "cli",
+]  # fmt: skip
+TIERS = {folder: tier for tier, folder in enumerate(ORDER)}
+COMMAND = len(ORDER)
 DATA = "models"
 READS_DATA = {"quant", "memory"}
 PUBLIC_MLX_LM = {"__version__", "batch_generate", "convert", "generate", "load", "stream_generate"}
+# What the server stands on: mlx_lm's own server, and its functions on prompt caches.
+SERVER_MLX_LM = [["mlx_lm", "server"], ["mlx_lm", "models", "cache"]]
 MAX_LINES = 500
 SIZED = {".py", ".h", ".metal", ".toml"}
 PROSE = {".py", ".md", ".h", ".metal", ".toml", ".jinja"}
@@ -96,6 +96,45 @@ def upward_imports(root: Path) -> list[str]:
     return bad
 
 
+def circles(root: Path) -> list[str]:
+    """Files of the package that import each other, in the function bodies too: each circle once, as "a -> b -> a"."""
+    known = {".".join(dotted(file, root)).removesuffix(".__init__"): file for file in sources(root / PACKAGE, {".py"})}
+    edges: dict[str, set[str]] = {}
+    for name, file in known.items():
+        taken = {
+            target
+            for _, path, attribute in imports(ast.parse(file.read_text(encoding="utf-8")), dotted(file, root))
+            for target in [".".join(path + attribute), ".".join(path)]
+            if target in known
+        }
+        # `from . import x` of a file x: only x is meant, not the package that holds it.
+        edges[name] = {t for t in taken if not any(other.startswith(t + ".") for other in taken)} - {name, PACKAGE}
+    found, done = [], set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append(" -> ".join([*path[path.index(name) :], name]))
+        elif name not in done:
+            for target in sorted(edges[name]):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, [])
+    return found
+
+
+def mentions_of_tests(root: Path) -> list[str]:
+    """Imports and paths of the test suite in the product, which is installed without it."""
+    pattern = re.compile(r"\btests\b[/.\"']|import tests|metal_sim")
+    return [
+        f"{file.relative_to(root)}:{number}: {line.strip()}"
+        for file in sources(root / PACKAGE, {".py"})
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
 def private_mlx_lm(root: Path) -> list[str]:
     """Names of mlx_lm's insides outside host/: submodules, and attributes its `__init__` does not export."""
     bad = []
@@ -103,6 +142,7 @@ def private_mlx_lm(root: Path) -> list[str]:
         module = dotted(file, root)
         if module[:2] == [PACKAGE, "host"]:
             continue
+        server = module[:2] == [PACKAGE, "server"]
         tree = ast.parse(file.read_text(encoding="utf-8"))
         used = [(line, path, name) for line, path, name in imports(tree, module) if path[:1] == ["mlx_lm"]]
         aliases = {
@@ -116,6 +156,8 @@ def private_mlx_lm(root: Path) -> list[str]:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
                 used.append((node.lineno, ["mlx_lm"], [node.attr]))
         for line, path, name in used:
+            if server and (path + name in SERVER_MLX_LM or path in SERVER_MLX_LM):
+                continue
             if len(path) > 1 or not PUBLIC_MLX_LM.issuperset(name):
                 what = ".".join(path + name)
                 bad.append(f"{file.relative_to(root)}:{line}: {what} is mlx_lm's own; only host/ may use it")
@@ -152,7 +194,7 @@ def foreign_paths(root: Path) -> list[str]:
     return bad
 
 
-RULES = [upward_imports, private_mlx_lm, unknown_folders, long_files, foreign_paths]
+RULES = [upward_imports, circles, mentions_of_tests, private_mlx_lm, unknown_folders, long_files, foreign_paths]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -163,7 +205,7 @@ def test_the_tree_keeps_the_rule(rule):
 
 def test_the_rules_see_the_whole_tree():
     packages = {f.name for f in (ROOT / PACKAGE).iterdir() if (f / "__init__.py").is_file()}
-    assert {"kernels", "codec", "cache", "host", "quant", "evals"} <= packages
+    assert set(ORDER) <= packages
     reached = {unit_of(dotted(f, ROOT)) for f in sources(ROOT / PACKAGE, {".py"})}
     assert packages | {"errors", "commands"} <= reached
 
@@ -180,8 +222,8 @@ def test_the_rules_see_the_whole_tree():
         ("cache/a.py", "import importlib\nimportlib.import_module('mlx_rotor.host')", "cache imports mlx_rotor.host"),
         ("host/a.py", "from ..generate import main", "host imports mlx_rotor.generate.main"),
         ("host/a.py", "from .. import load", "host imports mlx_rotor.load"),
-        ("quant/a.py", "from ..command import run", "quant imports mlx_rotor.command.run"),
-        ("quant/a.py", "from ..demo.__main__ import main", "quant imports mlx_rotor.demo.__main__.main"),
+        ("quant/a.py", "from ..cli.command import run", "quant imports mlx_rotor.cli.command.run"),
+        ("quant/a.py", "from ..demo import main", "quant imports mlx_rotor.demo.main"),
         ("host/a.py", "from ..models import minimax", "host imports mlx_rotor.models.minimax"),
         ("generate.py", "from .models import minimax", "commands imports mlx_rotor.models.minimax"),
         ("models/a.py", "from ..quant.roles import Role", "models imports mlx_rotor.quant.roles.Role"),
@@ -196,11 +238,11 @@ def test_an_upward_import_is_reported(tmp_path, path, text, reported):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("generate.py", "from .host import attach\nfrom .command import run\nfrom .demo import MODEL"),
+        ("generate.py", "from .host import attach\nfrom .cli.command import run\nfrom .bundled import MODEL"),
         ("quant/a.py", "from ..host import attach\nfrom ..memory import plan\nfrom ..models import minimax"),
         ("cache/a.py", "from ..codec import get\nfrom ..kernels import attend\nfrom . import rows"),
         ("quant/a.py", "from .. import __version__\nfrom ..errors import RotorError"),
-        ("demo/__main__.py", "from ..command import run\nfrom ..generate import main"),
+        ("demo.py", "from .cli.command import run\nfrom .generate import main"),
     ],
 )
 def test_a_downward_import_is_not_reported(tmp_path, path, text):
@@ -219,13 +261,19 @@ def test_a_downward_import_is_not_reported(tmp_path, path, text):
     ],
 )
 def test_a_private_name_of_mlx_lm_is_reported(tmp_path, text):
-    assert len(private_mlx_lm(tree(tmp_path, {"evals/a.py": text}))) == 1
-    assert private_mlx_lm(tree(tmp_path, {"evals/a.py": "", "host/a.py": text})) == []
+    assert len(private_mlx_lm(tree(tmp_path, {"quality/a.py": text}))) == 1
+    assert private_mlx_lm(tree(tmp_path, {"quality/a.py": "", "host/a.py": text})) == []
+
+
+def test_only_the_server_may_use_mlx_lms_server(tmp_path):
+    text = "from mlx_lm import server as stock"
+    assert len(private_mlx_lm(tree(tmp_path, {"quality/a.py": text}))) == 1
+    assert private_mlx_lm(tree(tmp_path, {"quality/a.py": "", "server/a.py": text})) == []
 
 
 def test_a_public_name_of_mlx_lm_is_not_reported(tmp_path):
     text = "import mlx_lm\nfrom mlx_lm import generate, load, stream_generate\nmlx_lm.load('x')\nmlx_lm.__version__"
-    assert private_mlx_lm(tree(tmp_path, {"evals/a.py": text})) == []
+    assert private_mlx_lm(tree(tmp_path, {"quality/a.py": text})) == []
 
 
 def test_the_other_rules_report_what_breaks_them(tmp_path):

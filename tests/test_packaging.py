@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import mlx_rotor
-from mlx_rotor.kernels import source
+from mlx_rotor.kernels import metal
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_BYTES = 12_000_000
@@ -74,7 +74,7 @@ def test_the_wheel_holds_its_licences(wheel):
 
 
 def test_the_bundled_model_is_whole_and_small(wheel):
-    prefix = "mlx_rotor/demo/model/"
+    prefix = "mlx_rotor/bundled/model/"
     sizes = {name.removeprefix(prefix): size for name, size in contents(wheel).items() if name.startswith(prefix)}
     with zipfile.ZipFile(wheel) as archive:
         shards = set(json.loads(archive.read(prefix + "model.safetensors.index.json"))["weight_map"].values())
@@ -100,4 +100,4 @@ print(json.dumps([mlx_rotor.__file__, str(source.root()), digests]))
     package, root, digests = json.loads(python("-c", code, cwd=tmp_path, path=installed))
     assert Path(package) == installed / "mlx_rotor" / "__init__.py"
     assert Path(root) == installed / "mlx_rotor" / "kernels_metal"
-    assert digests == {name: source.load(name).digest for name in source.names()}
+    assert digests == {name: metal.load(name).digest for name in metal.names()}

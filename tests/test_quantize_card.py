@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub import constants as hub_constants
 
 import small_checkpoint
-from mlx_rotor import command, quantize
-from mlx_rotor.demo import held_out_prose, held_out_text
-from mlx_rotor.evals.card import pm
-from mlx_rotor.evals.stats import Estimate
+from mlx_rotor import quantize
+from mlx_rotor.bundled import held_out_prose, held_out_text
+from mlx_rotor.cli import command
+from mlx_rotor.quality.card import pm
+from mlx_rotor.quality.metrics import Estimate
 
 sys.path += [str(Path(__file__).parent / "quant"), str(Path(__file__).parent / "quant" / "job")]
 from fake_hub import FakeHub

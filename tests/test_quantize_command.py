@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_rotor import command, quantize
-from mlx_rotor.demo import MODEL
+from mlx_rotor import quantize
+from mlx_rotor.bundled import MODEL
+from mlx_rotor.cli import command
 from mlx_rotor.quant.job import journal, stream
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlx_rotor import command, quantize
+from mlx_rotor import quantize
+from mlx_rotor.cli import command
 
 RUN, DRY = ("--out", "{tmp}/out"), ("--dry-run",)
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import small_checkpoint
-from mlx_rotor import command, quantize, quantize_options
+from mlx_rotor import quantize
+from mlx_rotor.cli import command, quantize_flags
 from mlx_rotor.quant.job import start
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,7 @@ def test_an_imatrix(small, tmp_path, capsys):
 def test_what_is_folded(small, tmp_path, text):
     def folds(*given):
         args = quantize.parser().parse_args(["--calibration", *given])
-        return quantize_options.recipe(args)[0].folds
+        return quantize_flags.recipe(args)[0].folds
 
     assert folds() == folds("--fold", "none") == () and folds("--fold", "norms") == ("norms",)
     assert folds("--fold", "all") == folds("--fold", "norms,downs") == ("norms", "downs")

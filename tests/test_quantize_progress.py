@@ -10,9 +10,10 @@ import sys
 import termios
 import threading
 
-from mlx_rotor import command, quantize, quantize_progress
-from mlx_rotor.quant.job.events import Event
-from mlx_rotor.quantize_progress import Bars
+from mlx_rotor import quantize
+from mlx_rotor.cli import command, quantize_output
+from mlx_rotor.cli.quantize_output import Bars
+from mlx_rotor.quant.job.workers import Event
 
 
 class Terminal:
@@ -74,7 +75,7 @@ def test_phases_are_visible_on_a_terminal(monkeypatch):
 
 
 def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(quantize_progress, "EVERY", 0.0)
+    monkeypatch.setattr(quantize_output, "EVERY", 0.0)
     with Bars() as bars:
         bars.steps("calibrating, layer 3", 1, 2)
         bars.event(event("start", 0))
@@ -107,7 +108,7 @@ def test_json_lines_have_an_event_each_and_bytes_now_and_then(capsys, monkeypatc
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == ["unit", "step", "phase", "result"]
     assert lines[1] == {"event": "step", "name": "calibrating", "done": 1, "total": 2} and lines[3]["bytes"] == 3
-    monkeypatch.setattr(quantize_progress, "OFTEN", 0.0)
+    monkeypatch.setattr(quantize_output, "OFTEN", 0.0)
     with Bars(True) as bars:
         bars.event(event("bytes", 5))
     assert json.loads(capsys.readouterr().out)["done"] == 5

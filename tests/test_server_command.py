@@ -11,10 +11,10 @@ import urllib.request
 
 import pytest
 
-from mlx_rotor import command
-from mlx_rotor.host.serving import stock_parser
+from mlx_rotor.cli import command
+from mlx_rotor.server.running import stock_parser
 
-server = importlib.import_module("mlx_rotor.server")
+server = importlib.import_module("mlx_rotor.server.__main__")
 
 
 def call(*argv):

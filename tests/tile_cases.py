@@ -8,7 +8,7 @@ import numpy as np
 from kernel_cases import TOLERANCE, distance, normal, running
 from mlx_rotor.experts import formats
 from mlx_rotor.kernels.experts import reference, tiles
-from mlx_rotor.kernels.weights import PackedWeight
+from mlx_rotor.kernels.spec import PackedWeight
 
 EVERY = [
     *(("affine", bits, group) for bits, group in ((1, 64), (2, 64), (3, 128), (4, 32), (5, 64), (6, 32), (8, 64))),

@@ -1,6 +1,6 @@
 // Levels as an odd polynomial: level(u) = u (a + b u² + c u⁴), rounded to half, for the index u counted from the
 // middle of the codebook. No table: a look-up with a different index on every lane costs more than these few
-// multiply-adds. mlx_rotor/codec/levels.py has the same coefficients, rounds the same way, and says how they are found.
+// multiply-adds. mlx_rotor/codec/quantizer.py has the same coefficients, rounds the same way, and says how they are found.
 
 #ifndef MLX_ROTOR_CODEC_CURVE_H
 #define MLX_ROTOR_CODEC_CURVE_H

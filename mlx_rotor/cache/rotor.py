@@ -14,8 +14,7 @@ import mlx.core as mx
 from ..errors import RotorError
 from ..kernels import ExactRun, StoredRun
 from . import saved
-from .body import SPAN, Body
-from .ring import Ring
+from .body import SPAN, Body, Ring
 from .view import Counts, KVView, Mask, Tokens, causal, causal_mask, expanded, views
 
 

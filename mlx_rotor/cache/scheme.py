@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from .. import codec
 from ..errors import RotorError
-from . import sidecar
+from . import scheme_file
 
 DEFAULT = "trellis3"
 EXACT = "exact"
@@ -166,6 +166,6 @@ def parse(
 
 
 def _calibrated(path: str) -> Scheme:
-    found = sidecar.read(path)
+    found = scheme_file.read(path)
     scheme = Scheme(*found.layers[0], protect_layers=0, layers=found.layers, label=found.name, model=found.model)
     return scheme.keeping(sinks=found.sinks, ring=found.ring)

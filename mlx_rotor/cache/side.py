@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .. import codec, kernels
 from ..kernels import TILE, PackedSide
-from ..kernels.tiles import kept_bits
+from ..kernels.packed import kept_bits
 
 STEP = 256
 

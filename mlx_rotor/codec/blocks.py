@@ -17,8 +17,8 @@ import numpy as np
 
 from ..kernels.spec import Struct
 from .base import Codec, RotatedCodec
+from .quantizer import Scalar
 from .rotation import uniforms
-from .scalar import Scalar
 
 SEED = 42
 # Signs of unit (c ^ j) times unit j, for complex numbers and quaternions: the product is unit c.

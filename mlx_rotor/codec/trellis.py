@@ -12,7 +12,7 @@ import numpy as np
 
 from ..kernels.spec import Struct
 from .base import Codec, RotatedCodec
-from .levels import TRELLIS, cuts
+from .quantizer import TRELLIS, cuts
 from .rotation import hadamard
 
 SEED = 42

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .base import Codec, RotatedCodec
+from .quantizer import Scalar
 from .rotation import hadamard
-from .scalar import Scalar
 
 SEED = 42
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels import experts as kernels
-from ..kernels.weights import PackedWeight
+from ..kernels.spec import PackedWeight
 from . import formats
 
 MAX_ROWS = kernels.MAX_ROWS

@@ -12,8 +12,7 @@ from mlx.nn.layers.distributed import shard_inplace
 
 from ..errors import RotorError
 from ..kernels import experts
-from .layers import RotorLinear
-from .packed_layer import PackedLayer
+from .layers import PackedLayer, RotorLinear
 
 Sharding = str | Callable[[str, mx.array], Any]
 

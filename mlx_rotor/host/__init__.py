@@ -6,16 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import attach, detach, make_prompt_cache, verify
+    from .attachment import (
+        IsoQuantCache,
+        PlanarQuantCache,
+        RotorQuantCache,
+        TurboQuantCache,
+        attach,
+        detach,
+        make_prompt_cache,
+        verify,
+    )
     from .experts import attach_experts, detach_experts
     from .loading import load
-    from .names import IsoQuantCache, PlanarQuantCache, RotorQuantCache, TurboQuantCache
 
 _WHERE = {
     **dict.fromkeys(("attach", "detach", "make_prompt_cache", "verify"), "attachment"),
     **dict.fromkeys(("attach_experts", "detach_experts"), "experts"),
     "load": "loading",
-    **dict.fromkeys(("IsoQuantCache", "PlanarQuantCache", "RotorQuantCache", "TurboQuantCache"), "names"),
+    **dict.fromkeys(("IsoQuantCache", "PlanarQuantCache", "RotorQuantCache", "TurboQuantCache"), "attachment"),
 }
 __all__ = [
     "IsoQuantCache",

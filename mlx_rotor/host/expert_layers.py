@@ -1,4 +1,7 @@
-"""mlx_lm's SwitchGLU with the expert kernels in it: the class that a layer's own is changed to, and what it keeps."""
+"""Which of the kernels' activations an expert layer has: found out by computing, not by its name.
+
+mlx_lm's SwitchGLU with the expert kernels in it: the class that a layer's own is changed to, and what it keeps.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,30 @@ from ..errors import RotorError
 from ..experts.fused import MAX_ROWS, Counts, FusedExperts, run
 from ..experts.layers import packed_of
 from ..kernels import backend
+from ..kernels.experts.reference import ACTIVATIONS, activate
 from .notes import note, noted
+
+# Where known forms differ: around 0 and 2.7 (forms of GELU), around 7 (gpt-oss's limit) and far out (other limits).
+_POSITIVE = (1e-3, 0.3, 1.0, 1.9, 2.7, 4.0, 6.9, 7.1, 11.0, 40.0, 200.0, 2e3, 2e4)
+_POINTS = (0.0, *_POSITIVE, *(-x for x in _POSITIVE))
+_TOLERANCE = 3e-5
+
+
+def kernel_name(activation: Any) -> str | None:
+    """The name in `ACTIVATIONS` of an activation that is called with (up, gate), None if it computes none of them."""
+    up, gate = (a.flatten() for a in mx.meshgrid(mx.array(_POINTS), mx.array(_POINTS)))
+    try:
+        out = activation(up, gate)
+    except (ValueError, TypeError):  # it wants another shape
+        return None
+    if not isinstance(out, mx.array) or out.shape != up.shape:
+        return None
+    size = mx.maximum(mx.abs(up), 1) * mx.maximum(mx.abs(gate), 1)
+    for name in ACTIVATIONS:
+        if mx.all(mx.abs(out - activate(name, gate, up)) <= _TOLERANCE * size).item():
+            return name
+    return None
+
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _NAME = "_rotor_experts"

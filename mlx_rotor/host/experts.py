@@ -14,13 +14,12 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 from ..errors import RotorError
 from ..experts.fused import MAX_ROWS, Counts
 from ..experts.layers import packed_of
-from ..kernels import backend, launch, verdicts
-from ..kernels.weights import PackedWeight
+from ..kernels import backend, check_results, launch
+from ..kernels.spec import PackedWeight
 from . import routers, versions
-from .activations import kernel_name
 from .attachment import stock_cache
-from .expert_layers import PROJECTIONS, State, put, take
-from .expert_report import ExpertLayer, ExpertReport, formats
+from .expert_layers import PROJECTIONS, State, kernel_name, put, take
+from .report import ExpertLayer, ExpertReport, formats
 
 AUTO, FUSED, STOCK = MODES = ("auto", "fused", "stock")
 ASKED = "--experts stock"
@@ -134,7 +133,7 @@ def _objection(layer: Any, packed: list[PackedWeight] | str, mode: str) -> str:
     if mode == AUTO and backend() == "reference":
         return f"no kernels run here: {launch.reason() or 'MLX_ROTOR_BACKEND=reference'}"
     if not _rows(packed, mode):
-        return str(verdicts.prefers_stock(verdicts.experts_key(*packed), 1))
+        return str(check_results.prefers_stock(check_results.experts_key(*packed), 1))
     return ""
 
 
@@ -143,8 +142,8 @@ def _rows(packed: list[PackedWeight] | str, mode: str) -> set[int]:
     assert not isinstance(packed, str)
     if mode == FUSED:
         return set(ALL)
-    key = verdicts.experts_key(*packed)
-    return {n for n in ALL if verdicts.prefers_stock(key, n) is None}
+    key = check_results.experts_key(*packed)
+    return {n for n in ALL if check_results.prefers_stock(key, n) is None}
 
 
 def _try(model: Any, states: Mapping[str, State]) -> dict[str, Counts]:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ..errors import RotorError
 from ..kernels import backend
 from . import report
-from .expert_report import ExpertReport
 from .prompting import Prompt
+from .report import ExpertReport
 
 # `import mlx_lm.generate` would give the function of that name, not the module.
 _generate = importlib.import_module("mlx_lm.generate")

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.experts.routing import Routing
-from .code import digest
+from .versions import digest
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from .. import codec
-from ..cache import Scheme, sidecar
-from ..cache.sidecar import Sidecar
+from ..cache import Scheme, scheme_file
+from ..cache.scheme_file import Sidecar
 from ..errors import RotorError
 from .notes import note, noted
 
@@ -39,12 +39,12 @@ def scheme(folder: str | Path) -> Sidecar | None:
     """
     file = Path(folder) / FILE
     if file.is_file():
-        return sidecar.read(file)
+        return scheme_file.read(file)
     found = scales(folder)
     if found is None:
         return None
     layers = tuple((codec.with_parameter("fp8", k), codec.with_parameter("fp8", v)) for k, v in found)
-    return sidecar.check(Sidecar("fp8", layers), str(folder))
+    return scheme_file.check(Sidecar("fp8", layers), str(folder))
 
 
 def came_from(model: Any, folder: str | Path) -> None:

@@ -17,10 +17,10 @@ from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import RotorError
-from . import cpu_products
-from .kv_watch import See, attended
+from . import streamed
 from .skeleton import parameters, skeleton
-from .streamed_experts import PROJECTIONS, StreamedExperts
+from .streamed import PROJECTIONS, StreamedExperts
+from .watch import See, attended
 
 Run = Callable[[mx.array], mx.array]
 # Called with the path of a linear layer and its input [.., K].
@@ -157,7 +157,7 @@ class Layerwise:
             return out
 
         needed = (n for n in self._shapes if n.startswith(f"{path}.") and n not in stacks)
-        with self._in_place(needed), self._exchanged(cpu_products.linears(path, layer)), cpu_products.attention():
+        with self._in_place(needed), self._exchanged(streamed.linears(path, layer)), streamed.attention():
             experts = {m: StreamedExperts(module, self._reader(m)) for m, module in mixtures.items()}
             taps = self._taps(watch, watched)
             with self._exchanged({**taps, **experts}), attended(see) if see else nullcontext():

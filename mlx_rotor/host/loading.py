@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as stock_load
 
-from ..demo import MODEL
+from ..bundled import MODEL
 from ..errors import RotorError
 from . import versions
 from .kv_scales import came_from

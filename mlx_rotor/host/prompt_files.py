@@ -15,8 +15,8 @@ from mlx_lm.models import cache as stock
 from ..cache import RotorCache, Scheme
 from ..errors import RotorError
 from .attachment import make_prompt_cache, register, stock_cache
-from .fingerprint import fingerprint
 from .layers import SHORTEST_WINDOW, compress, limited
+from .notes import fingerprint
 from .probe import uses
 from .slots import slots
 

@@ -1,16 +1,32 @@
-"""From a user's words and images to what the model takes in, by mlx_lm's own rules."""
+"""A checkpoint's tokenizer without its model.
+
+From a user's words and images to what the model takes in, by mlx_lm's own rules.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.utils import load_tokenizer
 
 from ..errors import RotorError
+from .loading import explained
+
+
+def tokenizer(folder: str | Path) -> Any:
+    """mlx_lm's tokenizer of a checkpoint folder.
+
+    Raises:
+        RotorError: there is none, or it can't be read.
+    """
+    with explained(str(folder)):
+        return load_tokenizer(Path(folder))
 
 
 @dataclass(frozen=True)

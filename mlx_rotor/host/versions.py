@@ -1,9 +1,17 @@
-"""Which mlx_lm this package fits. The seams it uses have moved between mlx_lm's minor versions before."""
+"""Which mlx_lm this package fits. The seams it uses have moved between mlx_lm's minor versions before.
+
+Telling whether code of mlx_lm's is still the code that something here stands in for.
+"""
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
+import sys
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from ..errors import RotorError
 
@@ -24,3 +32,22 @@ def check(installed: str | None = None) -> None:
     if (major, minor) != MLX_LM or patch < MLX_LM_PATCH:
         low, high = ".".join(map(str, (*MLX_LM, MLX_LM_PATCH))), f"{MLX_LM[0]}.{MLX_LM[1] + 1}"
         raise RotorError(f'mlx-lm {installed} is not supported; run: pip install "mlx-lm>={low},<{high}"')
+
+
+@cache
+def digest(kind: Any, uses: tuple[str, ...]) -> str:
+    """Of the text of a class's `__call__` and of what its module has by the names `uses`, without white space; "" if
+    one is not there."""
+    source = inspect.getsource(sys.modules[kind.__module__])
+    lines, wanted = source.splitlines(), {f"{kind.__qualname__}.__call__", *uses}
+    texts = {}
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for each in inside:
+            if isinstance(each, ast.FunctionDef) and f"{prefix}{each.name}" in wanted:
+                start = min([each.lineno, *(d.lineno for d in each.decorator_list)]) - 1
+                texts[f"{prefix}{each.name}"] = "".join("".join(lines[start : each.end_lineno]).split())
+    if texts.keys() != wanted:
+        return ""
+    return hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:12]

@@ -7,15 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import reference, verdicts
-from .attention import attend_metal
-from .dequantizing import dequantize_metal
-from .encoding import encode_metal, encode_reference
-from .exact import attend_exact
+from . import check_results, reference
+from .attention import attend_exact, attend_metal
 from .launch import backend
-from .runs import ExactRun, PackedRun, PackedSide, StoredRun, in_order
+from .packed import TILE
+from .packing import dequantize_metal, encode_metal, encode_reference
+from .segments import ExactRun, PackedRun, PackedSide, StoredRun, in_order
 from .spec import KernelCodec
-from .tiles import TILE
 
 __all__ = ["TILE", "ExactRun", "PackedRun", "PackedSide", "StoredRun", "attend", "backend", "dequantize", "encode"]
 
@@ -37,7 +35,7 @@ def encode(
     """
     if backend() == "reference" or codec.kernel is None:
         return encode_reference(codec, x, mean, first=first, span=span)
-    verdicts.refuse("encode", x.dtype, codec)
+    check_results.refuse("encode", x.dtype, codec)
     return encode_metal(codec, x, mean, first=first, span=span)
 
 
@@ -68,7 +66,7 @@ def attend(
     for run in bodies:
         if run.k.codec.kernel is None or run.v.codec.kernel is None:
             return reference.attend(q, runs, **how)
-        verdicts.refuse("attend", q.dtype, run.k.codec, run.v.codec)
+        check_results.refuse("attend", q.dtype, run.k.codec, run.v.codec)
     return attend_metal(q, first, bodies, recent, **how)
 
 
@@ -80,5 +78,5 @@ def dequantize(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.a
     """
     if backend() == "reference" or side.codec.kernel is None:
         return reference.dequantize(side, start, stop, dtype)
-    verdicts.refuse("dequantize", dtype, side.codec)
+    check_results.refuse("dequantize", dtype, side.codec)
     return dequantize_metal(side, start, stop, dtype)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from .runs import PackedRun, PackedSide
-from .sight import Sight, held_by, kept_in_front
+from .mask import Sight, held_by, kept_in_front
+from .segments import PackedRun, PackedSide
 
 # Elements of one score tile: bounds a tile's scores at 8 MiB and its keys at a thousand tokens.
 TILE_SCORES = 1 << 21

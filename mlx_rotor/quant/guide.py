@@ -1,13 +1,17 @@
-"""What a job asks for beside the plan when it fits an entry: weights, and what is known of the inputs they meet."""
+"""What a job asks for beside the plan when it fits an entry: weights, and what is known of the inputs they meet.
+
+A plan's entries as the parameters of mlx_lm's model, read when they are needed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .plan import Entry
+from ..errors import RotorError
+from .plan import Entry, Plan
 
 
 class Weights(Protocol):
@@ -70,3 +74,28 @@ class Unguided:
 
     def files(self) -> dict[str, str]:
         return {}
+
+
+class EntryParameters:
+    """See `host.layerwise.Parameters`."""
+
+    def __init__(self, plan: Plan, weights: Weights) -> None:
+        self._weights = weights
+        self._entries = {entry.name or entry.outputs[0].name: entry for entry in plan.entries}
+
+    def names(self) -> Collection[str]:
+        return self._entries.keys()
+
+    def whole(self, name: str) -> mx.array:
+        entry = self._entry(name)
+        if entry.parts == 1 and entry.shape == entry.source_shape:
+            return self._weights.read(entry)
+        return mx.stack([self._weights.read(entry, part) for part in range(entry.parts)]).reshape(entry.shape)
+
+    def part(self, name: str, expert: int) -> mx.array:
+        return self._weights.read(self._entry(name), expert)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise RotorError(f"{name} is a parameter of mlx_lm's model and in no entry of the plan")
+        return self._entries[name]

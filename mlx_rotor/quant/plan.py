@@ -13,11 +13,10 @@ from typing import Any
 
 from ..errors import RotorError
 from ..experts.formats.base import DTYPE_NAMES
-from .inventory import inventory, listed
-from .placement import Layout
+from .inventory import Layout, inventory, listed
 from .policy import BITS, GROUP_SIZES, OURS, Policy, Spec
-from .roles import kept_unasked
 from .safetensors_io import ITEMSIZE
+from .selectors import kept_unasked
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RotorError
-from . import layers as layer_sets
-from .layers import Layers
-from .roles import ROLES, expand, kept_unasked
-from .spec import BITS, FIXED, GROUP_SIZES, MODES, OURS, Spec, bits_of, one_of, sizes
-from .target import Budget, parse_table
+from . import selectors as layer_sets
+from .selectors import ROLES, Layers, expand, kept_unasked
+from .spec import BITS, FIXED, GROUP_SIZES, MODES, OURS, Budget, Spec, bits_of, one_of, parse_table, sizes
 
 __all__ = [
     "BITS",

@@ -21,9 +21,9 @@ from .budget.sensitivity import Sensitivities
 from .calibrate import Calibration, text
 from .calibrate.imatrix import Imatrix
 from .calibrate.measure import LENGTH, TOKENS
-from .fold import proof as fold_check
-from .fold.folds import feeding
-from .fold.search import Folding
+from .folding import proof as fold_check
+from .folding.folds import feeding
+from .folding.search import Folding
 from .guide import Guide
 from .job import SHARD_BYTES
 from .job.run import GuideFactory, PlanFactory
@@ -31,7 +31,7 @@ from .plan import Plan, make_plan, read_config
 from .policy import Policy
 from .source import Checkpoint, locate
 from .source.origin import Folder
-from .target import Budget
+from .spec import Budget
 
 BUNDLED = "bundled"
 FOLDS = ("norms", "downs")

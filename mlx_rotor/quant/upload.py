@@ -10,7 +10,7 @@ from ..errors import RotorError
 from ..experts import standalone
 from ..host import kv_scales
 from .check import check
-from .check.finding import ERROR
+from .check.section import ERROR
 from .job.manifest import PROVENANCE
 from .plan import decimal
 from .source import COMPANIONS, INDEX

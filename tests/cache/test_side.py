@@ -7,7 +7,7 @@ import pytest
 
 from mlx_rotor import codec
 from mlx_rotor.cache.side import Side
-from mlx_rotor.kernels.tiles import from_tiles
+from mlx_rotor.kernels.packed import from_tiles
 
 
 def vectors(n, d):

@@ -6,7 +6,7 @@ import pytest
 from samples import DIMS, gaussian, relative_error
 
 from mlx_rotor import RotorError, codec
-from mlx_rotor.kernels.tiles import to_tiles
+from mlx_rotor.kernels.packed import to_tiles
 
 NAMES = [name for name in codec.names() if name != "raw32"]
 SCALED = [name for name in NAMES if codec.get(name, 128).scaled]

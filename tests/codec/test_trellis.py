@@ -9,7 +9,7 @@ from samples import DIMS, gaussian
 
 from mlx_rotor import codec
 from mlx_rotor.codec import trellis
-from mlx_rotor.codec.levels import TRELLIS
+from mlx_rotor.codec.quantizer import TRELLIS
 from mlx_rotor.codec.trellis import TrellisQuantizer
 
 # Levels without a polynomial's constraint, positive halves: the same iteration under the trellis, at 128 dimensions.

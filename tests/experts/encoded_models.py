@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.experts import formats
 from mlx_rotor.experts.formats.base import Tensor
 from mlx_rotor.host.skeleton import skeleton

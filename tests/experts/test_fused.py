@@ -7,7 +7,7 @@ from mlx_rotor.experts import formats
 from mlx_rotor.experts import fused as fused_module
 from mlx_rotor.experts.fused import Counts, ExpertOutput, FusedExperts, run
 from mlx_rotor.kernels.experts import reference
-from mlx_rotor.kernels.weights import PackedWeight
+from mlx_rotor.kernels.spec import PackedWeight
 
 EXPERTS, HIDDEN, INNER, CHOSEN = 6, 64, 96, 3
 

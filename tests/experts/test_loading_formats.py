@@ -16,8 +16,7 @@ from mlx_lm.models import switch_layers
 import mlx_rotor
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts import formats, layers, standalone
-from mlx_rotor.experts.packed_layer import PackedLayer
-from mlx_rotor.host import checkpoints
+from mlx_rotor.experts.layers import PackedLayer
 from mlx_rotor.host import formats as wrapping
 
 TOKENS = mx.array([[5, 3, 200, 17, 90, 1]])
@@ -234,9 +233,9 @@ def test_uninstalling_gives_everything_back(tmp_path):
     reference = write(tmp_path, fields=standalone.FIELDS)
     model, _ = utils.load_model(tmp_path)
     wrapping.uninstall()
-    assert not wrapping.installed() and checkpoints.FINDER not in sys.meta_path
+    assert not wrapping.installed() and wrapping.FINDER not in sys.meta_path
     assert nn.quantize is wrapping.stock_quantize
-    assert not any(hasattr(getattr(utils, name), "_rotor_stock") for name in checkpoints.WRAPPERS)
+    assert not any(hasattr(getattr(utils, name), "_rotor_stock") for name in wrapping.WRAPPERS)
     with pytest.raises(ValueError, match="trust_remote_code"):
         utils.load_model(tmp_path)
     edit(tmp_path, model_file=None)

@@ -17,8 +17,7 @@ from metal_sim.test_mlx_kernels import QUANTIZED
 from mlx_rotor import codec
 from mlx_rotor.kernels import PackedRun, PackedSide, metal
 from mlx_rotor.kernels.attention import attend_metal
-from mlx_rotor.kernels.dequantizing import dequantize_metal
-from mlx_rotor.kernels.encoding import encode_metal
+from mlx_rotor.kernels.packing import dequantize_metal, encode_metal
 
 from . import cuda, parity, ptx, timing, toolkit
 from .launch import PtxKernel, Recorder

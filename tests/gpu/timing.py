@@ -21,7 +21,7 @@ def launches(pair: tuple[str, str], tokens: int, arch: str) -> list[Launch]:
     from mlx_rotor import codec
     from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal
     from mlx_rotor.kernels.attention import attend_metal
-    from mlx_rotor.kernels.encoding import encode_reference
+    from mlx_rotor.kernels.packing import encode_reference
 
     from .launch import Recorder
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_rotor.host import cpu_products
+from mlx_rotor.host import streamed
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="NumPy computes on the CPU only")
 
@@ -22,7 +22,7 @@ def test_attention_is_mlxs(kind, heads, shared, length, keys, values):
     mask = {"none": None, "causal": "causal", "bool": lower, "added": mx.random.normal((heads, length, keys))}[kind]
     stock = mx.fast.scaled_dot_product_attention
     expected = stock(q, k, v, scale=0.3, mask=mask)
-    with cpu_products.attention():
+    with streamed.attention():
         assert mx.fast.scaled_dot_product_attention is not stock
         got = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
     assert mx.fast.scaled_dot_product_attention is stock
@@ -33,7 +33,7 @@ def test_attention_with_sinks_or_other_types_is_mlxs_own():
     q = mx.random.normal((1, 2, 4, 8))
     for x, more in ((q, {"sinks": mx.array([0.5, -1.0])}), (q.astype(mx.float16), {})):
         expected = mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, **more)
-        with cpu_products.attention():
+        with streamed.attention():
             got = mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, **more)
         assert got.dtype == expected.dtype and mx.array_equal(got, expected)
 
@@ -46,7 +46,7 @@ def test_linear_layers_are_stood_in_for(bias):
             self.proj, self.packed = nn.Linear(32, 24, bias=bias), nn.QuantizedLinear(64, 8)
 
     part, x = Part(), mx.random.normal((2, 5, 32))
-    found = cpu_products.linears("model.layers.0", part)
+    found = streamed.linears("model.layers.0", part)
     assert list(found) == ["model.layers.0.proj"]
     stand_in = found["model.layers.0.proj"]
     assert isinstance(stand_in, nn.Linear) and stand_in.weight is part.proj.weight
@@ -55,4 +55,4 @@ def test_linear_layers_are_stood_in_for(bias):
 
 def test_half_precision_products_are_mlxs():
     x, weight = mx.random.normal((3, 8)).astype(mx.bfloat16), mx.random.normal((4, 8)).astype(mx.bfloat16)
-    assert mx.array_equal(cpu_products.product(x, weight), x @ weight.T)
+    assert mx.array_equal(streamed.product(x, weight), x @ weight.T)

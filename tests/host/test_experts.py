@@ -13,13 +13,14 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 import mlx_rotor
 import zoo
 from expert_models import apart, expert_layers, logits, pack, pack_in
-from mlx_rotor import command, quantize
+from mlx_rotor import quantize
+from mlx_rotor.cli import command
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import expert_layers as fused_layers
 from mlx_rotor.host import experts, known_routers
-from mlx_rotor.host.activations import kernel_name
-from mlx_rotor.host.code import digest
+from mlx_rotor.host.expert_layers import kernel_name
 from mlx_rotor.host.experts import attach_experts, detach_experts
+from mlx_rotor.host.versions import digest
 from tiny_models import tiny
 
 GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": 8, "routed_scaling_factor": 1.7}

@@ -9,10 +9,12 @@ from mlx.utils import tree_flatten
 
 import mlx_rotor
 from expert_models import expert_layers, pack
-from mlx_rotor import command, generate
-from mlx_rotor.demo import MODEL
+from mlx_rotor import generate
+from mlx_rotor.bundled import MODEL
+from mlx_rotor.cli import command
 from mlx_rotor.host.expert_layers import FusedSwitchGLU
-from mlx_rotor.host.serving import running, stock_parser
+from mlx_rotor.server import running
+from mlx_rotor.server.running import stock_parser
 
 PROMPT = ("--prompt", "The sea", "--max-tokens", "4", "--temp", "0")
 

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 
 import mlx_rotor
-from mlx_rotor.cache import sidecar
-from mlx_rotor.cache.sidecar import Sidecar
+from mlx_rotor.cache import scheme_file
+from mlx_rotor.cache.scheme_file import Sidecar
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import kv_scales, report
 from tiny_models import tiny
@@ -49,7 +49,7 @@ def test_a_checkpoint_without_scales(tmp_path):
 def test_a_sidecar_comes_first(tmp_path):
     save(tmp_path, {"layers.0.self_attn.k_scale": 1.0, "layers.0.self_attn.v_scale": 1.0})
     given = Sidecar("calibrated-3", (("trellis4", "trellis2"),))
-    sidecar.write(tmp_path / kv_scales.FILE, given)
+    scheme_file.write(tmp_path / kv_scales.FILE, given)
     assert kv_scales.scheme(tmp_path) == given
     (tmp_path / kv_scales.FILE).write_text("{}")
     with pytest.raises(RotorError, match="no KV scheme"):
@@ -91,13 +91,13 @@ def test_plain_fp8_takes_the_scales_that_came_with_the_model(tmp_path):
     layers = tuple((f"fp8:{0.5 + i}", "fp8:0.25") for i in range(3))
     model = tiny("llama")
     assert mlx_rotor.make_prompt_cache(model, "fp8")[1].codecs == ("fp8", "fp8")
-    sidecar.write(tmp_path / kv_scales.FILE, Sidecar("fp8", layers))
+    scheme_file.write(tmp_path / kv_scales.FILE, Sidecar("fp8", layers))
     kv_scales.came_from(model, tmp_path)
     caches = mlx_rotor.attach(model, "fp8").make_cache()
     assert [c.codecs for c in caches] == list(layers)
     assert report.describe(caches).startswith("layers 0-2: K fp8 (scaled), V fp8 (scaled)")
     assert mlx_rotor.make_prompt_cache(model, "k=fp8:2.0,v=fp8")[0].codecs == ("fp8:2.0", "fp8")
-    sidecar.write(tmp_path / kv_scales.FILE, Sidecar("fp8", layers[:2]))
+    scheme_file.write(tmp_path / kv_scales.FILE, Sidecar("fp8", layers[:2]))
     kv_scales.came_from(model, tmp_path)
     with pytest.raises(RotorError, match="2 layers, and this model has 3"):
         mlx_rotor.make_prompt_cache(model, "fp8")

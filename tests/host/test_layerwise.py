@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 import zoo
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host.layerwise import Layerwise
-from mlx_rotor.host.streamed_experts import StreamedExperts, by_expert
+from mlx_rotor.host.streamed import StreamedExperts, by_expert
 
 LENGTH = 20
 # Plain, mixtures with and without biases, latent attention, masks by layer, recurrence, a wrapped model, positions as

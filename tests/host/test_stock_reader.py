@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model, quantize_model
 
 import zoo
 from mlx_rotor.errors import RotorError
-from mlx_rotor.host.stock_reader import StockReader, stored_spec
+from mlx_rotor.host.skeleton import StockReader, stored_spec
 from zoo_configs import config
 
 # mlx_lm can't quantize these, or not at these sizes; bitnet's layers are packed in their own way.

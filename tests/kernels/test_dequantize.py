@@ -23,8 +23,8 @@ from kernel_cases import (
 from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.kernels import reference
-from mlx_rotor.kernels.dequantizing import dequantize_metal
-from mlx_rotor.kernels.tiles import to_tiles
+from mlx_rotor.kernels.packed import to_tiles
+from mlx_rotor.kernels.packing import dequantize_metal
 
 HEAD_DIMS = sorted({*DIMS, 112})
 

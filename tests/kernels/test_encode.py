@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import DIMS, NAMES, SCHEDULES, needs_kernels, needs_simulator, normal, running, vectors
 from metal_sim import SUPPORTED, Options
 from mlx_rotor import RotorError, codec, kernels
-from mlx_rotor.kernels.encoding import encode_metal, encode_reference
+from mlx_rotor.kernels.packing import encode_metal, encode_reference
 
 
 def same(c, x) -> bool:

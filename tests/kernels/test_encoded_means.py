@@ -21,8 +21,7 @@ from kernel_cases import (
 from metal_sim import Options
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.kernels import reference
-from mlx_rotor.kernels.dequantizing import dequantize_metal
-from mlx_rotor.kernels.encoding import encode_metal, encode_reference
+from mlx_rotor.kernels.packing import dequantize_metal, encode_metal, encode_reference
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 SCALED = [name for name in NAMES if codec.get(name, 128).scaled]

@@ -8,7 +8,7 @@ import pytest
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.host import attention
 from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, launch, metal, reference
-from mlx_rotor.kernels.runs import in_order
+from mlx_rotor.kernels.segments import in_order
 
 
 def exact(*lengths, heads=2, d=64, batch=2):

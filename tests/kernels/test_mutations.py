@@ -8,7 +8,7 @@ import pytest
 from kernel_cases import attend_runs, barriers, distance, mutated, needs_simulator, objections, problem, vectors
 from mlx_rotor import codec
 from mlx_rotor.kernels import reference
-from mlx_rotor.kernels.encoding import encode_metal, encode_reference
+from mlx_rotor.kernels.packing import encode_metal, encode_reference
 
 pytestmark = needs_simulator
 

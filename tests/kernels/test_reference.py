@@ -8,7 +8,7 @@ import pytest
 
 from mlx_rotor import codec
 from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, reference
-from mlx_rotor.kernels.encoding import encode_reference
+from mlx_rotor.kernels.packing import encode_reference
 
 
 def runs(lengths, kv_heads, d, dv, seed=0):

@@ -17,7 +17,7 @@ from kernel_cases import (
     vectors,
 )
 from mlx_rotor import codec
-from mlx_rotor.kernels.rotate import rotate_metal
+from mlx_rotor.kernels.prefill import rotate_metal
 
 
 def order_of(name, dim):

@@ -16,10 +16,10 @@ from kernel_cases import (
     running,
 )
 from mlx_rotor import RotorError
-from mlx_rotor.kernels import verdicts
+from mlx_rotor.kernels import check_results
+from mlx_rotor.kernels.check_results import Failure
 from mlx_rotor.kernels.experts import routing
 from mlx_rotor.kernels.experts.routing import Routing, route, route_metal, route_reference, sorted_partition
-from mlx_rotor.kernels.verdicts import Failure
 
 MINIMAX = Routing("sigmoid", True, epsilon=1e-20)
 MIXTRAL = Routing("softmax_of_chosen", False)
@@ -151,8 +151,8 @@ def test_nothing_to_route():
 def test_the_backend_decides_and_a_kernel_that_failed_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_ROTOR_CACHE", str(tmp_path))
     monkeypatch.setattr(routing, "backend", lambda: "metal")
-    verdicts.forget()
-    verdicts.record(["route: bad"], [Failure("route: bad", "route", (), "float32")])
+    check_results.forget()
+    check_results.record(["route: bad"], [Failure("route: bad", "route", (), "float32")])
     with pytest.raises(RotorError, match="route: bad"):
         route(mx.zeros((1, 8)), 2, MIXTRAL)
     monkeypatch.setattr(routing, "backend", lambda: "reference")
@@ -160,7 +160,7 @@ def test_the_backend_decides_and_a_kernel_that_failed_is_refused(monkeypatch, tm
     picked = mx.take_along_axis(logits(2, 8), indices, axis=-1)
     assert np.allclose(np.sort(np.array(picked)), np.sort(np.array(mx.topk(logits(2, 8), 2))))
     assert np.allclose(np.array(weights).sum(axis=-1), 1)
-    verdicts.forget()
+    check_results.forget()
 
 
 def twin_groups():

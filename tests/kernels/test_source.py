@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.kernels import source
+from mlx_rotor.kernels import metal
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_includes_are_inlined_once_and_in_order(folder):
         a__right_h='  #  include "../base.h"  // again\nint right;\n',
         base_h="int base;\n",
     )
-    loaded = source.load("top.h", root)
+    loaded = metal.load("top.h", root)
     assert re.findall(r"int (\w+);", loaded.text) == ["base", "left", "right", "top"]
     assert loaded.files == ("base.h", "a/left.h", "a/right.h", "top.h")
     assert "#include <metal_stdlib>\n" in loaded.text
@@ -38,7 +38,7 @@ def test_includes_are_inlined_once_and_in_order(folder):
 
 
 def test_a_commented_include_stays(folder):
-    loaded = source.load("top.h", folder(top_h='// #include "gone.h"\nint top;\n'))
+    loaded = metal.load("top.h", folder(top_h='// #include "gone.h"\nint top;\n'))
     assert loaded.files == ("top.h",)
 
 
@@ -49,11 +49,11 @@ def test_the_digest_follows_the_content_of_every_file(tmp_path):
         root.mkdir()
         (root / "top.h").write_text(f'#include "base.h"\n{top}\n')
         (root / "base.h").write_text(f"{base}\n")
-        digests.add(source.load("top.h", root).digest)
+        digests.add(metal.load("top.h", root).digest)
     assert len(digests) == 3
     copy = tmp_path / "copy"
     (tmp_path / "0").rename(copy)
-    assert source.load("top.h", copy).digest in digests
+    assert metal.load("top.h", copy).digest in digests
 
 
 @pytest.mark.parametrize(
@@ -69,29 +69,29 @@ def test_the_digest_follows_the_content_of_every_file(tmp_path):
 def test_a_bad_include_is_an_error_with_file_and_line(folder, include, says):
     root = folder(a__top_h=f'int top;\n#include "{include}"\n', back_h='#include "a/top.h"\n')
     with pytest.raises(RotorError, match=says):
-        source.load("a/top.h", root)
+        metal.load("a/top.h", root)
 
 
 def test_a_missing_source_and_a_missing_folder_are_named(folder, tmp_path):
     with pytest.raises(RotorError, match=r"no Metal source common/gone\.h in "):
-        source.load("common/gone.h", folder(top_h=""))
+        metal.load("common/gone.h", folder(top_h=""))
     with pytest.raises(RotorError, match=r"no folder .*one or .*two; reinstall"):
-        source.find_root([tmp_path / "one", tmp_path / "two"])
+        metal.find_root([tmp_path / "one", tmp_path / "two"])
 
 
 def test_the_first_folder_that_exists_wins(tmp_path):
     packaged, tree = tmp_path / "packaged", tmp_path / "tree"
     tree.mkdir()
-    assert source.find_root([packaged, tree]) == tree
+    assert metal.find_root([packaged, tree]) == tree
     packaged.mkdir()
-    assert source.find_root([packaged, tree]) == packaged
+    assert metal.find_root([packaged, tree]) == packaged
 
 
 def test_every_shipped_file_loads_and_has_its_own_guard():
-    names = source.names()
+    names = metal.names()
     assert "attention/decode.h" in names
     for name in names:
-        loaded = source.load(name)
+        loaded = metal.load(name)
         assert loaded.files[-1] == name
         guard = "MLX_ROTOR_" + re.sub(r"\W", "_", name).upper()
         if name.endswith(".h"):
@@ -99,5 +99,5 @@ def test_every_shipped_file_loads_and_has_its_own_guard():
 
 
 def test_the_readme_has_one_row_for_each_file():
-    text = (source.root() / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) == list(source.names())
+    text = (metal.root() / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) == list(metal.names())

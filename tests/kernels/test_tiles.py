@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rotor.kernels.tiles import TILE, from_tiles, kept_bits, to_tiles
+from mlx_rotor.kernels.packed import TILE, from_tiles, kept_bits, to_tiles
 
 
 def words(n, w, dtype, seed=0):

@@ -9,7 +9,7 @@ import pytest
 from kernel_cases import needs_simulator
 from metal_sim import tools
 from mlx_rotor import RotorError, benchmark
-from mlx_rotor.evals import kernel_traffic as traffic
+from mlx_rotor.bench import kernel_traffic as traffic
 from mlx_rotor.kernels import metal
 
 pytestmark = needs_simulator

@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_rotor
-from mlx_rotor import demo
+from mlx_rotor import bundled
 from mlx_rotor.cache import RotorCache, parse
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import report
 from mlx_rotor.memory import kv
 
-BUNDLED = json.loads((demo.MODEL / "config.json").read_text())
+BUNDLED = json.loads((bundled.MODEL / "config.json").read_text())
 M27 = json.loads((Path(__file__).parents[2] / "examples" / "minimax_m27" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("scheme", ["exact", "turbo4v2", "fp8"])
 @pytest.mark.parametrize("tokens", [7, 700])
 def test_bytes_are_those_of_caches_that_hold_the_tokens(scheme, tokens):
-    model, _ = mlx_rotor.load(str(demo.MODEL))
+    model, _ = mlx_rotor.load(str(bundled.MODEL))
     caches = mlx_rotor.make_prompt_cache(model, scheme)
     layers = len(caches)
     for cache in caches:

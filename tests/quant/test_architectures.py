@@ -18,7 +18,7 @@ from mlx_rotor.models.architecture import pattern
 from mlx_rotor.quant.inventory import inventory
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import load, parse
-from mlx_rotor.quant.roles import ROLES
+from mlx_rotor.quant.selectors import ROLES
 from mlx_rotor.quant.source import Checkpoint
 
 KEEP = parse('[[rule]]\nroles = ["*"]\nkeep = true', "keep")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import zoo_configs
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts import formats
 from mlx_rotor.quant.budget import planned, report
-from mlx_rotor.quant.fold.folds import feeding
+from mlx_rotor.quant.folding.folds import feeding
 from mlx_rotor.quant.job import manifest
 from mlx_rotor.quant.plan import make_plan, read_config
 from mlx_rotor.quant.policy import Spec, load, parse
@@ -180,7 +180,7 @@ def test_what_a_layer_is_there_for_only_in_mlx_is_refused():
 
 def test_config_says_every_module_of_our_formats_and_names_the_file():
     plan = make_plan(read_config(MODEL), load("mq2-lloyd"))
-    config = manifest.config(read_config(MODEL), plan)
+    config = manifest.config_of(read_config(MODEL), plan)
     section = config["quantization"]
     assert config["quantization_config"] == section and config["model_file"] == "mlx_rotor_formats.py"
     assert (section["mode"], section["bits"], section["group_size"]) == ("affine", 4, 64)  # down, the only one of MLX's
@@ -188,13 +188,13 @@ def test_config_says_every_module_of_our_formats_and_names_the_file():
         if entry.spec and entry.spec.mode != "affine":
             assert section[entry.module] == entry.spec.as_config()
     assert list(manifest.formats_file(read_config(MODEL), plan)) == ["mlx_rotor_formats.py"]
-    alone = manifest.config(read_config(MODEL), make_plan(read_config(MODEL), load("mxfp4-16")))["quantization"]
+    alone = manifest.config_of(read_config(MODEL), make_plan(read_config(MODEL), load("mxfp4-16")))["quantization"]
     assert alone["mode"] == "affine" and all(v["mode"] == "iq4_nl" for v in alone.values() if isinstance(v, dict))
 
 
 def test_policies_of_mlxs_formats_name_no_file():
     plan = make_plan(read_config(MODEL), load("config-i"))
-    assert "model_file" not in manifest.config(read_config(MODEL), plan)
+    assert "model_file" not in manifest.config_of(read_config(MODEL), plan)
     assert manifest.formats_file(read_config(MODEL), plan) == {}
 
 

@@ -4,9 +4,8 @@ import pytest
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import fit
-from mlx_rotor.quant.layers import Layers
 from mlx_rotor.quant.policy import FITS, FOLDER, Spec, load, parse, shipped
-from mlx_rotor.quant.roles import ROLES, expand, kept_unasked
+from mlx_rotor.quant.selectors import ROLES, Layers, expand, kept_unasked
 
 RULE = '[[rule]]\nroles = ["attn.q"]\nbits = 4\n'
 KEEP_REST = '[[rule]]\nroles = ["*"]\nkeep = true\n'

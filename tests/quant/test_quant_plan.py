@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import zoo_configs
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant.plan import make_plan, read_config
 from mlx_rotor.quant.policy import Spec, load, parse

@@ -14,7 +14,7 @@ from mlx_rotor.errors import RotorError
 from mlx_rotor.host.skeleton import parameters, skeleton
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import BITS, Spec, parse
-from mlx_rotor.quant.roles import ROLES, kept_unasked
+from mlx_rotor.quant.selectors import ROLES, kept_unasked
 
 TYPES = ("minimax", "qwen3_moe", "qwen3_next", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "mistral4", "llama", "phi3")
 DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "BF16": mx.bfloat16}

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_rotor import demo
+from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import Policy, job, planned
 from mlx_rotor.quant import policy as policies
 from mlx_rotor.quant.budget import TooSmall, file_bytes, sensitivity
 from mlx_rotor.quant.plan import make_plan, read_config
 from mlx_rotor.quant.recipe import BUNDLED, Recipe
-from mlx_rotor.quant.target import Budget
+from mlx_rotor.quant.spec import Budget
 
-CONFIG = read_config(demo.MODEL)
+CONFIG = read_config(bundled.MODEL)
 SHARD = 4_000_000_000
 BUDGETED = policies.parse(
     '[budget]\nbits_per_weight = 5.0\n[floors]\n"head" = 6\n[[rule]]\nroles = ["router*", "norm"]\nkeep = true\n'
@@ -33,9 +33,9 @@ def test_a_policy_with_a_budget_is_solved_wherever_it_is_given(tmp_path):
     assert not 0.98 * target < size(start) <= target
     plans = {
         "planned": planned(CONFIG, BUDGETED),
-        "dry run": job.dry_run(demo.MODEL, BUDGETED)[0],
+        "dry run": job.dry_run(bundled.MODEL, BUDGETED)[0],
         "recipe": Recipe(BUDGETED).plan()(CONFIG, {}),
-        "job": job.quantize(demo.MODEL, tmp_path / "out", BUDGETED, fit="fast").plan,
+        "job": job.quantize(bundled.MODEL, tmp_path / "out", BUDGETED, fit="fast").plan,
     }
     for name, plan in plans.items():
         assert 0.98 * target < size(plan) <= target, name
@@ -48,7 +48,7 @@ def test_a_policy_with_a_budget_is_solved_wherever_it_is_given(tmp_path):
 
 def test_a_budget_that_nothing_meets_is_refused_with_the_least_size():
     with pytest.raises(TooSmall, match=r"policy rotor-86 needs 4\.307 MB") as found:
-        job.quantize(demo.MODEL, "/nowhere", policies.load("rotor-86"))
+        job.quantize(bundled.MODEL, "/nowhere", policies.load("rotor-86"))
     assert found.value.least == 4_306_792
 
 

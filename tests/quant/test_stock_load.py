@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.quant import job
 from mlx_rotor.quant.policy import load
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 from upload_hub import UploadHub
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import job, policy, upload
 from mlx_rotor.quant.check import check

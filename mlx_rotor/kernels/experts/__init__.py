@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .. import verdicts
+from .. import check_results
 from ..launch import backend
-from ..weights import PackedWeight
+from ..spec import PackedWeight
 from . import reference, tiles
-from .down_launch import down_metal
-from .gate_up_launch import gate_up_metal
-from .matvec_launch import matvec
+from .few_rows import down_metal, gate_up_metal, matvec
 from .reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "MAX_ROWS", "down", "gate_up", "gather", "gather_unsorted", "matmul"]
@@ -26,7 +24,7 @@ def matmul(x: mx.array, w: PackedWeight) -> mx.array:
     """
     if backend() == "reference":
         return reference.matmul(x, w)
-    verdicts.refuse_weights("matmul", x.dtype, w.format)
+    check_results.refuse_weights("matmul", x.dtype, w.format)
     if 0 < x.size <= MAX_ROWS * w.columns:
         return matvec(x, w)
     return tiles.matmul_tiled(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.rows)
@@ -53,7 +51,7 @@ def gather(
     if backend() == "reference":
         out = reference.gather(x if rows is None else x[rows], w, indices).astype(x.dtype)
         return out if places is None else out[mx.argsort(places)]
-    verdicts.refuse_weights("gather", x.dtype, w.format)
+    check_results.refuse_weights("gather", x.dtype, w.format)
     if rows is None and places is None and 0 < x.shape[0] <= MAX_ROWS:
         return down_metal(x[:, None], w, indices[:, None])[:, 0]
     return tiles.gather_tiled(x, w, indices, rows=rows, places=places)
@@ -64,7 +62,7 @@ def gather_unsorted(x: mx.array, w: PackedWeight, indices: mx.array) -> mx.array
     [T, k, N] in x's dtype. Raises as `gather`."""
     if backend() == "reference":
         return reference.gather(mx.broadcast_to(x[:, None], (*indices.shape, x.shape[-1])), w, indices).astype(x.dtype)
-    verdicts.refuse_weights("gather", x.dtype, w.format)
+    check_results.refuse_weights("gather", x.dtype, w.format)
     return tiles.gather_unsorted(x, w, indices)
 
 
@@ -78,7 +76,7 @@ def gate_up(x: mx.array, gate: PackedWeight, up: PackedWeight, indices: mx.array
     """
     if backend() == "reference":
         return reference.gate_up(x, gate, up, indices, activation)
-    verdicts.refuse_weights("gate_up", x.dtype, gate.format, up.format)
+    check_results.refuse_weights("gate_up", x.dtype, gate.format, up.format)
     return gate_up_metal(x, gate, up, indices, activation)
 
 
@@ -91,5 +89,5 @@ def down(h: mx.array, w: PackedWeight, indices: mx.array, weights: mx.array | No
     """
     if backend() == "reference":
         return reference.down(h, w, indices, weights)
-    verdicts.refuse_weights("down", h.dtype, w.format)
+    check_results.refuse_weights("down", h.dtype, w.format)
     return down_metal(h, w, indices, weights)

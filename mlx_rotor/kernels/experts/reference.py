@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import RotorError
-from ..weights import PackedWeight
+from ..spec import PackedWeight
 
 ACTIVATIONS = ("swiglu", "geglu", "gpt_oss")
 ALPHA, LIMIT = 1.702, 7.0  # of gpt_oss

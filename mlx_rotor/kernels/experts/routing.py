@@ -9,7 +9,7 @@ from typing import Literal
 import mlx.core as mx
 
 from ...errors import RotorError
-from .. import metal, verdicts
+from .. import check_results, metal
 from ..launch import backend
 from ..spec import DTYPES
 
@@ -85,7 +85,7 @@ def route(
     """
     if backend() == "reference":
         return route_reference(logits, k, how, bias, dtype)
-    verdicts.refuse_weights("route", logits.dtype)
+    check_results.refuse_weights("route", logits.dtype)
     return route_metal(logits, k, how, bias, dtype)
 
 

@@ -13,8 +13,7 @@ import mlx.core as mx
 
 from ...errors import RotorError
 from .. import metal
-from ..spec import DTYPES, Struct
-from ..weights import PackedWeight
+from ..spec import DTYPES, PackedWeight, Struct
 
 THREADS, COLUMNS = 128, 32  # MLX_ROTOR_TILE_COLUMNS
 THREADGROUPS = 256  # enough to fill a GPU

@@ -2,7 +2,7 @@
 
 from .calibration import Calibration
 from .measure import measure
-from .statistics import LayerStatistics, Scaled
+from .moments import LayerStatistics, Scaled
 from .text import default_size, prepare, read, sequences
 
 __all__ = ["Calibration", "LayerStatistics", "Scaled", "default_size", "measure", "prepare", "read", "sequences"]

@@ -18,23 +18,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...cache import fp8_scales, sidecar
+from ...cache import scheme_file
 from ...errors import RotorError
 from ...host import kv_scales
-from ...host.kv_watch import compressed_layers
 from ...host.layerwise import Layer, Layerwise
-from ...host.streamed_experts import PROJECTIONS
-from ..guide import Statistics, Weights
+from ...host.streamed import PROJECTIONS
+from ...host.watch import KvLargest, compressed_layers
+from ..guide import EntryParameters, Statistics, Weights
 from ..plan import Entry, Plan
 from ..policy import FIXED
-from ..roles import ROLES
 from ..safetensors_io import write_json
-from .kv import KvLargest
-from .mixture import Coverage, Mixture
-from .moments import Moments
-from .parameters import EntryParameters
-from .spool import Spool
-from .statistics import LayerStatistics
+from ..selectors import ROLES
+from .kept import Spool
+from .moments import Coverage, LayerStatistics, Mixture, Moments
 
 VERSION = 1
 STATE = "calibration.json"
@@ -122,7 +118,7 @@ class Calibration:
             return {}
         count, length = self._tokens.shape
         made = {"text": "calibration", "windows": count, "window": length, "digest": self.digest}
-        return {kv_scales.FILE: sidecar.text(fp8_scales.scheme(self._kv.pairs(), made))}
+        return {kv_scales.FILE: scheme_file.text(scheme_file.scheme(self._kv.pairs(), made))}
 
     def layer(self, number: int | None, entries: Sequence[Entry]) -> tuple[Weights, Statistics | None]:
         """See `quant.guide.Guide`. Runs the layer, and those before it that have not been run yet.

@@ -1,11 +1,16 @@
-"""What a measurement of sensitivities has so far, on disk: after a crash it goes on from there."""
+"""Work files of a calibration. Hidden states between layers: a file is whole or not there, and at most two are kept.
+What a layer's experts take: until the next layer's turn.
+
+What a measurement of sensitivities has so far, on disk: after a crash it goes on from there.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,8 +20,69 @@ import numpy as np
 
 from ...errors import RotorError
 from ..policy import Spec
-from ..safetensors_io import write_json
-from .spool import Spool, write_array
+from ..safetensors_io import sync_folder, write_json
+
+
+class Spool:
+    """`hidden-0007.npy` in `folder`: what layer 7 takes, float32 [sequences, length, ..]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, layer: int) -> Path:
+        return self.folder / f"hidden-{layer:04d}.npy"
+
+    def newest(self, layer: int) -> int | None:
+        """The last layer up to `layer` whose input is there."""
+        found = [int(path.stem.removeprefix("hidden-")) for path in self.folder.glob("hidden-*.npy")]
+        return max((n for n in found if n <= layer), default=None)
+
+    def read(self, layer: int) -> np.ndarray:
+        """Mapped into memory, read-only."""
+        try:
+            return np.asarray(np.load(self.path(layer), mmap_mode="r"))
+        except (OSError, ValueError) as e:
+            raise RotorError(f"{self.path(layer)}: not readable ({e}); delete it, and calibration starts again") from e
+
+    def write(self, layer: int, count: int, chunks: Iterable[np.ndarray]) -> None:
+        """`chunks` of the `count` sequences, in order, each written before the next is asked for."""
+        write_array(self.path(layer), count, chunks)
+
+    def drop(self, before: int) -> None:
+        """Deletes the inputs of layers before one."""
+        for path in self.folder.glob("hidden-*.npy"):
+            if int(path.stem.removeprefix("hidden-")) < before:
+                path.unlink()
+
+    def experts(self, layer: int, nth: int) -> Path:
+        """For the inputs of a layer's nth mixture of experts, float32 rows."""
+        return self.folder / f"experts-{layer:04d}-{nth}.f32"
+
+    def drop_experts(self) -> None:
+        for path in self.folder.glob("experts-*"):
+            path.unlink()
+
+    def clear(self) -> None:
+        self.drop_experts()
+        for path in self.folder.glob("hidden-*"):
+            path.unlink()
+
+
+def write_array(path: Path, count: int, chunks: Iterable[np.ndarray]) -> None:
+    """A .npy file, float32 [count, ..], whole or not there. `chunks` of its first dimension, in order, each written
+    before the next is asked for. OSError where it can't be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for number, chunk in enumerate(chunks):
+            if not number:
+                head = {"descr": "<f4", "fortran_order": False, "shape": (count, *chunk.shape[1:])}
+                np.lib.format.write_array_header_2_0(file, head)
+            file.write(np.ascontiguousarray(chunk, "<f4").data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
 
 STATE = "measured.json"
 SECONDS = 120.0  # between two states; of 62 layers, the last is 1.4 GB

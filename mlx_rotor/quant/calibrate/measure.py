@@ -25,13 +25,12 @@ from ...errors import RotorError
 from ...host.layerwise import Layerwise, Run
 from .. import fit as fits
 from ..budget.sensitivity import Sensitivities, fingerprint
-from ..guide import Statistics, Weights
+from ..guide import EntryParameters, Statistics, Weights
 from ..plan import Entry, Plan
 from ..policy import GROUP_SIZES, Spec
-from ..roles import ROLES
+from ..selectors import ROLES
 from .calibration import Calibration, Progress
 from .kept import Keeper, Ratios
-from .parameters import EntryParameters
 
 REFERENCE_BITS = 3
 # Tokens a copy has, in pieces of LENGTH: with 7 weights a layer and 62 layers, 110,000 tokens reach the last layer.

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ...demo import calibration_text
+from ...bundled import calibration_text
 from ...errors import RotorError
-from ...host.tokenizing import tokenizer
+from ...host.prompting import tokenizer
 
 # Second moments of K inputs want a multiple of K rows: 196,608 tokens for 3072 inputs, 16,384 for 256.
 TOKENS_PER_INPUT = 64

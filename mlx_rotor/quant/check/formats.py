@@ -11,9 +11,8 @@ import mlx.core as mx
 from ...errors import RotorError
 from ...experts import standalone
 from ...experts.formats import Format, get
-from ...host.stock_reader import Placeholders, StockReader
-from .finding import EVERY, ROTOR, TRUSTING, Findings
-from .section import Section
+from ...host.skeleton import Placeholders, StockReader
+from .section import EVERY, ROTOR, TRUSTING, Findings, Section
 
 OURS = (ROTOR, TRUSTING)
 AGAIN = "quantize it again"

@@ -8,11 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import RotorError
-from ...host.stock_reader import Placeholders, StockReader, stored_spec
+from ...host.skeleton import Placeholders, StockReader, stored_spec
 from ..safetensors_io import TensorInfo
 from . import formats
-from .finding import EVERY, OLDER, PYTHON, SWIFT, Findings
-from .section import Section, section_of, strangers
+from .section import EVERY, OLDER, PYTHON, SWIFT, Findings, Section, section_of, strangers
 
 PARTS = ("weight", "scales", "biases", "global_scale")
 FLOATS = {mx.bfloat16, mx.float16, mx.float32}

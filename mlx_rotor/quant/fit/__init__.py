@@ -3,7 +3,7 @@
 from ..policy import FITS
 from .affine import fit_affine
 from .fitted import Fitted, decode, fit, squared_error, sum_of_squares
-from .hessian import Hessian
+from .gptq import Hessian
 from .packing import pack
 
 __all__ = [

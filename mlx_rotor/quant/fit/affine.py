@@ -10,10 +10,9 @@ import mlx.core as mx
 
 from ...errors import RotorError
 from ..policy import BITS, GROUP_SIZES
-from .groups import Groups, by_groups
 from .packing import pack_groups
 from .rows import by_chunks, check_not_empty
-from .search import BEST, SEARCH, Effort, search
+from .search import BEST, SEARCH, Effort, Groups, by_groups, search
 
 EFFORTS = {"search": SEARCH, "best": BEST}
 Parts = tuple[mx.array, mx.array, mx.array]

@@ -11,13 +11,11 @@ from ...errors import RotorError
 from ...experts import formats
 from ..policy import FITS, FIXED, Spec
 from .affine import fit_affine
-from .chunks import chunks
-from .gptq import fit_hessian
-from .hessian import Hessian
+from .gptq import Hessian, fit_hessian
 from .iq4_nl import fit_iq4_nl
 from .lloyd import fit_lloyd
 from .q8 import fit_q8
-from .rows import by_chunks, largest_of
+from .rows import by_chunks, chunks, largest_of
 
 SCALED = {"iq4_nl": fit_iq4_nl, "q8": fit_q8}
 NVFP4_LARGEST = 448.0 * 6.0  # E4M3's largest scale, E2M1's largest code

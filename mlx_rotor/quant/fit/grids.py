@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from ..spec import Spec
 from . import affine, lloyd
-from .groups import Groups, nearest
 from .iq4_nl import EFFORTS as IQ4_NL_EFFORTS
 from .iq4_nl import Iq4NlLevels
 from .packing import pack, pack_groups
@@ -20,7 +19,7 @@ from .q8 import EFFORTS as Q8_EFFORTS
 from .q8 import Q8Levels
 from .rows import HALF_MAX, check
 from .scaled import Effort, Levels, on_grid, scale_of
-from .search import search
+from .search import Groups, nearest, search
 
 SCALED: dict[str, tuple[Levels, dict[str, Effort | None]]] = {
     "iq4_nl": (Iq4NlLevels(), IQ4_NL_EFFORTS),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .groups import LEAST, Groups, by_groups
 from .ordered import Ordered
 from .packing import pack_groups
 from .rows import HALF_MAX, by_chunks, check
+from .search import LEAST, Groups, by_groups
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ...experts.formats.q8 import ZERO
-from .groups import WHOLE
 from .scaled import Effort, fit_scaled
+from .search import WHOLE
 
 
 class Q8Levels:

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from .groups import LEAST, Groups, by_groups
 from .packing import pack
 from .rows import HALF_MAX, by_chunks, check
+from .search import LEAST, Groups, by_groups
 
 
 class Levels(Protocol):

@@ -19,9 +19,8 @@ from ..plan import Entry, Plan, read_config
 from ..policy import Policy
 from ..source import INDEX, Checkpoint, companions, is_repository
 from ..source.origin import Origin
-from . import finish, journal, manifest, stream, weight_files, workplace
-from .events import Reporter
-from .workers import Workers
+from . import journal, manifest, stream, weight_files, workplace
+from .workers import Reporter, Workers
 from .workplace import Workplace
 
 # What may have to be done again after a crash, beside the units that were being worked on.
@@ -139,10 +138,10 @@ class Run:
             finally:
                 self.weights.close()
             self.origin.check()
-            made = finish.Made(
+            made = manifest.Made(
                 self.plan, self.name, self.origin, self.config, self.fit, self.guide, self.files, self.extra
             )
-            outcome = finish.write(self.place.out, made, self.journal)
+            outcome = manifest.write(self.place.out, made, self.journal)
         finally:
             self.journal.close()
         return self._result(outcome, resumed)
@@ -156,9 +155,9 @@ class Run:
                 found.begin(self.job)
             finally:
                 found.close()
-        return self._result(finish.read(self.place.out), len(self.plan.entries))
+        return self._result(manifest.read(self.place.out), len(self.plan.entries))
 
-    def _result(self, outcome: finish.Outcome, resumed: int) -> Result:
+    def _result(self, outcome: manifest.Outcome, resumed: int) -> Result:
         self.place.close()
         self.reporter.tell("done")
         size, seconds = self.checkpoint.nbytes, self.reporter.seconds

@@ -12,11 +12,10 @@ from ..plan import Plan, read_config
 from ..policy import Policy
 from ..source import Checkpoint, has_weights, hub, is_repository, locate
 from ..source.origin import Folder, Origin
-from . import finish, journal, manifest, workplace
-from .events import Progress, Reporter
+from . import journal, manifest, workplace
 from .run import GuideFactory, PlanFactory, Result, Run, planned, source_name
 from .stream import SHARD_BYTES
-from .workers import usual
+from .workers import Progress, Reporter, usual
 from .workplace import Workplace
 
 __all__ = ["SHARD_BYTES", "GuideFactory", "PlanFactory", "Result", "dry_run", "finished", "quantize"]
@@ -112,7 +111,7 @@ def finished(model: str | Path, out: Path, plan: Plan, fit: str, *, guided: bool
     """
     if not (out / "config.json").exists() or (out / workplace.WORK).exists():
         return None
-    facts = finish.facts(out)
+    facts = manifest.facts(out)
     wrong = [
         what
         for what, same in (
@@ -128,7 +127,7 @@ def finished(model: str | Path, out: Path, plan: Plan, fit: str, *, guided: bool
         raise RotorError(f"--out {out} holds a checkpoint of another {wrong[0]}; give the flags it was made with")
     size = sum(row["bytes"] for row in facts["source_files"]["files"].values())
     files = tuple(name for name in facts["files"] if name.endswith(".safetensors"))
-    outcome = finish.read(out)
+    outcome = manifest.read(out)
     return Result(plan, out, files, size, 0.0, outcome.errors, outcome.measured, len(plan.entries))
 
 

@@ -1,4 +1,7 @@
-"""The checkpoint to be quantized: where it is, whether it holds what the plan expects, and its weights as float32."""
+"""FP8 checkpoints: E4M3 codes with one float32 factor a block, as DeepSeek-V3 and MiniMax-M2 store their linears.
+
+The checkpoint to be quantized: where it is, whether it holds what the plan expects, and its weights as float32.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,33 @@ from ...errors import RotorError
 from ..inventory import FLOATS, listed, refuse_mxfp4
 from ..plan import Entry, Plan
 from ..safetensors_io import ITEMSIZE, TensorInfo, read_header, read_index
-from . import fp8
+
+NAN = 0x7F  # the only non-finite magnitude of E4M3 (OCP FP8, "fn" variant); it has no infinities
+
+
+def dequantize(codes: mx.array, scale_inv: mx.array, block: tuple[int, int], name: str = "weight") -> mx.array:
+    """Weights [M, N] float32 from E4M3 `codes` [M, N] uint8 and `scale_inv` [ceil(M/bm), ceil(N/bn)] float32.
+
+    Each block of `block` = (bm, bn) codes is multiplied by its factor; the last row and column of blocks may be cut
+    short. `name` is for errors.
+
+    Raises:
+        RotorError: NaN codes or factors that are not finite, by `name`; factors whose shape doesn't fit.
+    """
+    (rows, cols), (bm, bn) = codes.shape, block
+    expected = (-(-rows // bm), -(-cols // bn))
+    if tuple(scale_inv.shape) != expected:
+        raise RotorError(f"{name}: scales of shape {tuple(scale_inv.shape)}, blocks of {bm}x{bn} need {expected}")
+    # Checked on the codes: not every backend's conversion turns them into NaN.
+    bad = mx.any((codes & NAN) == NAN)
+    if (bad | ~mx.all(mx.isfinite(scale_inv))).item():
+        raise RotorError(f"{name}: holds NaN or infinite values; the source checkpoint is damaged")
+    factors = mx.repeat(scale_inv.astype(mx.float32), bn, axis=1)[:, :cols]
+    values = mx.from_fp8(codes, dtype=mx.float32)
+    if rows % bm == 0:
+        return (values.reshape(-1, bm, cols) * factors[:, None, :]).reshape(rows, cols)
+    return values * mx.repeat(factors, bm, axis=0)[:rows]
+
 
 INDEX = "model.safetensors.index.json"
 FP8 = "F8_E4M3"
@@ -180,7 +209,7 @@ class Checkpoint:
             first = start // block  # a block has one factor: what is read begins with one
             codes = _array(info, shape, first * block, stop)
             factors = self.tensors[f"{info.name}{FACTORS}"]
-            values = fp8.dequantize(codes, _array(factors, factors.shape, first, -(-stop // block)), self.block, said)
+            values = dequantize(codes, _array(factors, factors.shape, first, -(-stop // block)), self.block, said)
             return values[start - first * block :]
         values = _array(info, shape, start, stop).astype(mx.float32)
         if not mx.all(mx.isfinite(values)).item():

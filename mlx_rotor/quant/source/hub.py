@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...errors import RotorError
-from ..job.events import Reporter
+from ..job.workers import Reporter
 from ..job.workplace import Workplace
 from ..plan import Entry, read_config
 from ..safetensors_io import MAX_HEADER, TensorInfo, read_index

@@ -8,7 +8,7 @@ from expert_cases import SOME, agree, down_off, normal, weights
 from kernel_cases import SCHEDULES, TOLERANCE, distance, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels.experts import down, gather, reference
-from mlx_rotor.kernels.experts.down_launch import down_metal
+from mlx_rotor.kernels.experts.few_rows import down_metal
 
 INDICES = mx.array([[5, 1, 3], [1, 5, 0]], mx.uint32)  # of 7 experts; two that both tokens chose
 

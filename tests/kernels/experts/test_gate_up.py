@@ -8,7 +8,7 @@ from expert_cases import SOME, agree, gate_up_off, normal, weights
 from kernel_cases import SCHEDULES, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels.experts import gate_up
-from mlx_rotor.kernels.experts.gate_up_launch import gate_up_metal
+from mlx_rotor.kernels.experts.few_rows import gate_up_metal
 
 INDICES = mx.array([[5, 1, 3], [1, 5, 0]], mx.uint32)  # of 7 experts; two that both tokens chose
 

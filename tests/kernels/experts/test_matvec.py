@@ -7,8 +7,8 @@ import pytest
 from expert_cases import EVERY, SOME, agree, matmul_off, normal, weights
 from kernel_cases import SCHEDULES, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
-from mlx_rotor.kernels.experts import MAX_ROWS, geometry, matmul
-from mlx_rotor.kernels.experts.matvec_launch import matvec
+from mlx_rotor.kernels.experts import MAX_ROWS, matmul, prepared
+from mlx_rotor.kernels.experts.few_rows import matvec
 
 
 @needs_kernels
@@ -39,7 +39,7 @@ def test_edges_of_rows_and_outputs(rows, width):
 def test_more_columns_than_a_threadgroup_holds(name):
     """Panels, the last of them shorter."""
     x, w = normal(MAX_ROWS, 1792), weights(name, (5,), 1792, bias=True)
-    assert geometry.geometry(5, 1792, (geometry.side(w),), MAX_ROWS, 64).panel < 1792
+    assert prepared.geometry(5, 1792, (prepared.side(w),), MAX_ROWS, 64).panel < 1792
     agree(matmul_off, x, w)
 
 

@@ -10,11 +10,9 @@ import pytest
 
 from expert_cases import normal, weights
 from kernel_cases import needs_simulator
-from mlx_rotor.evals.kernel_traffic import Tally, counted
-from mlx_rotor.evals.throughput import DEVICES, predict
-from mlx_rotor.kernels.experts.down_launch import down_metal
-from mlx_rotor.kernels.experts.gate_up_launch import gate_up_metal
-from mlx_rotor.kernels.experts.matvec_launch import matvec
+from mlx_rotor.bench.kernel_traffic import Tally, counted
+from mlx_rotor.bench.throughput import DEVICES, predict
+from mlx_rotor.kernels.experts.few_rows import down_metal, gate_up_metal, matvec
 
 pytestmark = needs_simulator
 HIDDEN, INTERMEDIATE, CHOSEN = 3072, 1536, 8
@@ -65,7 +63,7 @@ def test_experts_move_little_more_than_they_must(name):
 
 
 def test_x_read_by_more_threadgroups_is_seen(monkeypatch):
-    monkeypatch.setattr(importlib.import_module(gate_up_metal.__module__), "ROWS", 32)
+    monkeypatch.setattr(importlib.import_module(gate_up_metal.__module__), "GATE_UP_ROWS", 32)
     tally, packed = gate_up(("affine", 2, 64))
     assert tally.moved > 1.05 * packed
 

@@ -11,9 +11,9 @@ import pytest
 from expert_cases import normal, weights
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts.formats import affine
-from mlx_rotor.kernels import metal, verdicts
-from mlx_rotor.kernels.experts import MAX_ROWS, down, down_launch, gate_up, gate_up_launch, matmul, matvec_launch
-from mlx_rotor.kernels.verdicts import Failure
+from mlx_rotor.kernels import check_results, metal
+from mlx_rotor.kernels.check_results import Failure
+from mlx_rotor.kernels.experts import MAX_ROWS, down, few_rows, gate_up, matmul
 
 NAME = ("affine", 4, 32)
 CHOSEN = mx.array([[5, 1, 3]], mx.uint32)
@@ -22,9 +22,9 @@ CHOSEN = mx.array([[5, 1, 3]], mx.uint32)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_CACHE", str(tmp_path))
-    verdicts.forget()
+    check_results.forget()
     yield
-    verdicts.forget()
+    check_results.forget()
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def layer():
 
 
 CALLS = {
-    "gate_up": (gate_up_launch, lambda w, x: gate_up(x, w[0], w[1], CHOSEN, "swiglu")),
-    "down": (down_launch, lambda w, x: down(mx.tile(x[:, None, :32], (1, 3, 3)), w[2], CHOSEN)),
-    "matmul": (matvec_launch, lambda w, x: matmul(x, w[3])),
+    "gate_up": (few_rows, lambda w, x: gate_up(x, w[0], w[1], CHOSEN, "swiglu")),
+    "down": (few_rows, lambda w, x: down(mx.tile(x[:, None, :32], (1, 3, 3)), w[2], CHOSEN)),
+    "matmul": (few_rows, lambda w, x: matmul(x, w[3])),
 }  # fmt: skip
 
 
@@ -81,21 +81,21 @@ def test_verdicts_are_obeyed_after_planning(name, layer, launched):
     _, call = CALLS[name]
     call(layer, normal(1, 64))
     failure = Failure(f"check of {name}", name, ("affine4:32",), "float32")
-    verdicts.record([failure.check], [failure])
+    check_results.record([failure.check], [failure])
     with pytest.raises(RotorError, match=failure.check):
         call(layer, normal(1, 64))
-    with verdicts.ignored():
+    with check_results.ignored():
         call(layer, normal(1, 64))
     with pytest.raises(RotorError, match=failure.check):
         call(layer, normal(1, 64))
     call(layer, normal(1, 64).astype(mx.float16))
-    verdicts.record([failure.check], [])
+    check_results.record([failure.check], [])
     call(layer, normal(1, 64))
     assert len(launched) == 4
 
 
 def test_an_operation_that_failed_in_another_format_runs(layer, launched):
-    verdicts.record(["x"], [Failure("x", "gate_up", (verdicts.format_id(affine.MAKE(2, 64)),), "float32")])
+    check_results.record(["x"], [Failure("x", "gate_up", (check_results.format_id(affine.MAKE(2, 64)),), "float32")])
     CALLS["gate_up"][1](layer, normal(1, 64))
     assert len(launched) == 1
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rotor import demo
+from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import policy as policies
 from mlx_rotor.quant.budget import file_bytes, solve, worth
@@ -20,10 +20,10 @@ from mlx_rotor.quant.job.stream import shards
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import GROUP_SIZES, Spec
 from mlx_rotor.quant.safetensors_io import ShardWriter, read_header
-from mlx_rotor.quant.target import Budget, parse_size, parse_table
+from mlx_rotor.quant.spec import Budget, parse_size, parse_table
 
 M27 = json.loads((Path(__file__).parents[3] / "examples" / "minimax_m27" / "config.json").read_text())
-BUNDLED = json.loads((demo.MODEL / "config.json").read_text())
+BUNDLED = json.loads((bundled.MODEL / "config.json").read_text())
 SHARD = 4_000_000_000
 OPEN = policies.parse('[floors]\n"head" = 6\n[[rule]]\nroles = ["*"]\nbits = 4\ngroup_size = [128, 64, 32]\n', "open")
 

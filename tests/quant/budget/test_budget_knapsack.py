@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rotor.evals import allotment
+from mlx_rotor.calibration import allotment
 from mlx_rotor.quant.budget import knapsack
 from mlx_rotor.quant.budget.knapsack import Infeasible, Option, choose
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_rotor import demo
+from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import policy as policies
 from mlx_rotor.quant.budget import sensitivity
@@ -15,7 +15,7 @@ from mlx_rotor.quant.fit.gaussian import relative_error
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import Spec
 
-BUNDLED = json.loads((demo.MODEL / "config.json").read_text())
+BUNDLED = json.loads((bundled.MODEL / "config.json").read_text())
 EXPERT = "model.layers.0.block_sparse_moe.switch_mlp.up_proj"
 POLICY = policies.load("uniform-4bit")
 

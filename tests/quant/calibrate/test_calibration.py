@@ -13,14 +13,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_rotor.demo import MODEL, calibration_text, held_out_prose, held_out_text
+from mlx_rotor.bundled import MODEL, calibration_text, held_out_prose, held_out_text
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host.skeleton import skeleton
 from mlx_rotor.quant import calibrate, policy
 from mlx_rotor.quant.calibrate import Calibration, LayerStatistics, Scaled
 from mlx_rotor.quant.calibrate.calibration import STATE
-from mlx_rotor.quant.calibrate.mixture import EVEN_PRODUCTS, EVEN_SQUARES, FEWEST, Mixture
-from mlx_rotor.quant.calibrate.moments import Moments
+from mlx_rotor.quant.calibrate.moments import EVEN_PRODUCTS, EVEN_SQUARES, FEWEST, Mixture, Moments
 from mlx_rotor.quant.plan import make_plan, read_config
 from mlx_rotor.quant.source import Checkpoint
 

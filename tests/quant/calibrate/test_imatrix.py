@@ -10,7 +10,7 @@ from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import policy
 from mlx_rotor.quant.calibrate.imatrix import NAMES, Imatrix
 from mlx_rotor.quant.plan import make_plan
-from mlx_rotor.quant.roles import ROLES
+from mlx_rotor.quant.selectors import ROLES
 
 CONFIG = {
     "model_type": "minimax_m2",

@@ -4,11 +4,10 @@ import mlx.core as mx
 import pytest
 
 import zoo_configs
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
-from mlx_rotor.host.kv_watch import attended, compressed_layers
 from mlx_rotor.host.skeleton import skeleton
-from mlx_rotor.quant.calibrate.kv import KvLargest
+from mlx_rotor.host.watch import KvLargest, attended, compressed_layers
 from mlx_rotor.quant.plan import read_config
 
 

@@ -10,7 +10,7 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm import convert
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 
 MODES = {"affine", "mxfp4", "mxfp8", "nvfp4"}
 MINIMAX = json.loads((MODEL / "config.json").read_text()) | {

@@ -7,12 +7,12 @@ import mlx.core as mx
 import pytest
 from readers import MINIMAX, mixed, stock, stock_reads, swift_reads, write_source
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host.skeleton import parameters, skeleton
 from mlx_rotor.quant import job, policy
 from mlx_rotor.quant.check import check, facts, status, text
-from mlx_rotor.quant.check.finding import ERROR, OLDER, SWIFT
+from mlx_rotor.quant.check.section import ERROR, OLDER, SWIFT
 
 QWEN = {
     "model_type": "qwen3_moe",

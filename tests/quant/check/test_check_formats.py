@@ -12,7 +12,7 @@ import mlx_rotor
 import small_checkpoint
 from mlx_rotor.experts import standalone
 from mlx_rotor.quant.check import check, status, text
-from mlx_rotor.quant.check.finding import ERROR, ROTOR, SWIFT, TRUSTING
+from mlx_rotor.quant.check.section import ERROR, ROTOR, SWIFT, TRUSTING
 from mlx_rotor.quant.job import quantize
 from mlx_rotor.quant.policy import load, parse
 

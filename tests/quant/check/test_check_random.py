@@ -10,7 +10,7 @@ from readers import MINIMAX, mixed, stock, stock_reads, swift_reads, write_sourc
 
 from mlx_rotor.host.skeleton import parameters, skeleton
 from mlx_rotor.quant.check import check, text
-from mlx_rotor.quant.check.finding import ERROR, PYTHON, SWIFT
+from mlx_rotor.quant.check.section import ERROR, PYTHON, SWIFT
 
 SHAPES = parameters(skeleton(MINIMAX))
 PARTS = ("weight", "scales", "biases")

@@ -9,7 +9,7 @@ from readers import mixed, stock, stock_reads, swift_reads, write_source
 
 from mlx_rotor.host.skeleton import parameters, skeleton
 from mlx_rotor.quant.check import check, text
-from mlx_rotor.quant.check.finding import ERROR, PYTHON, SWIFT
+from mlx_rotor.quant.check.section import ERROR, PYTHON, SWIFT
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant.fit import FITS, chunks, decode, fit, pack, squared_error
+from mlx_rotor.quant.fit import FITS, decode, fit, pack, rows, squared_error
 from mlx_rotor.quant.policy import BITS, FIXED, GROUP_SIZES, Spec
 
 
@@ -89,8 +89,8 @@ def test_two_valued_groups_are_stored_exactly():
 def test_the_result_does_not_depend_on_the_chunk(monkeypatch, method):
     w = mx.random.normal((50, 128), key=mx.random.key(6))
     whole = fit(w, Spec(3, 64), method)
-    monkeypatch.setattr(chunks, "CPU_WEIGHTS", 1000)
-    monkeypatch.setattr(chunks, "GPU_WEIGHTS", 1000)
+    monkeypatch.setattr(rows, "CPU_WEIGHTS", 1000)
+    monkeypatch.setattr(rows, "GPU_WEIGHTS", 1000)
     pieces = fit(w, Spec(3, 64), method)
     for a, b in zip(whole.parts, pieces.parts, strict=True):
         assert mx.array_equal(a, b)
@@ -98,8 +98,8 @@ def test_the_result_does_not_depend_on_the_chunk(monkeypatch, method):
 
 @pytest.mark.parametrize("method", FITS)
 def test_work_is_bounded_by_the_chunk(monkeypatch, method):
-    monkeypatch.setattr(chunks, "CPU_WEIGHTS", 1 << 12)
-    monkeypatch.setattr(chunks, "GPU_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(rows, "CPU_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(rows, "GPU_WEIGHTS", 1 << 12)
     w, importance = mx.random.normal((4096, 128), key=mx.random.key(7)), mx.ones((128,))
     mx.eval(w, importance)
     mx.reset_peak_memory()

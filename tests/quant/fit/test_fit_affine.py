@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import fit_affine
-from mlx_rotor.quant.fit import chunks, pack
+from mlx_rotor.quant.fit import pack
+from mlx_rotor.quant.fit import rows as chunks
 from mlx_rotor.quant.policy import BITS, GROUP_SIZES
 
 KINDS = {

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_rotor.bench.fits import inputs
 from mlx_rotor.errors import RotorError
-from mlx_rotor.evals.fit_cost import inputs
 from mlx_rotor.quant.fit import Hessian, decode, fit, gptq
+from mlx_rotor.quant.fit.gptq import DAMPINGS, OWN
 from mlx_rotor.quant.fit.grids import AffineGrid, grid_of
-from mlx_rotor.quant.fit.hessian import DAMPINGS, OWN
 from mlx_rotor.quant.policy import Spec
 
 K, ROWS = 256, 48

@@ -9,7 +9,8 @@ from test_fit_affine import IMPORTANCES, KINDS
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts.formats import get
-from mlx_rotor.quant.fit import FITS, chunks, decode, fit, squared_error
+from mlx_rotor.quant.fit import FITS, decode, fit, squared_error
+from mlx_rotor.quant.fit import rows as chunks
 from mlx_rotor.quant.fit.lloyd import fit_lloyd
 from mlx_rotor.quant.policy import Spec
 

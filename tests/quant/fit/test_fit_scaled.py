@@ -11,7 +11,7 @@ from test_fit_affine import IMPORTANCES, KINDS
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts.formats import get
 from mlx_rotor.experts.formats.iq4_nl import LEVELS
-from mlx_rotor.quant.fit import FITS, chunks, decode, fit
+from mlx_rotor.quant.fit import FITS, decode, fit, rows
 from mlx_rotor.quant.fit.iq4_nl import Iq4NlLevels
 from mlx_rotor.quant.policy import Spec
 
@@ -115,8 +115,8 @@ def test_importance_is_heeded_and_chunks_are_not(monkeypatch, spec):
     assert error_by_group(w, found, spec, np.array(importance)).sum() < 0.97 * (
         error_by_group(w, plain, spec, np.array(importance)).sum()
     )
-    monkeypatch.setattr(chunks, "CPU_WEIGHTS", 500)
-    monkeypatch.setattr(chunks, "GPU_WEIGHTS", 500)
+    monkeypatch.setattr(rows, "CPU_WEIGHTS", 500)
+    monkeypatch.setattr(rows, "GPU_WEIGHTS", 500)
     again = fit(w, spec, "best", importance)
     assert all(mx.array_equal(a, b) for a, b in zip(found.parts, again.parts, strict=True))
 

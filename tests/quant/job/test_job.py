@@ -10,7 +10,7 @@ import pytest
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import job
-from mlx_rotor.quant.fit import chunks
+from mlx_rotor.quant.fit import rows
 from mlx_rotor.quant.job import manifest, stream
 from mlx_rotor.quant.job.workplace import WORK
 from mlx_rotor.quant.policy import load, parse
@@ -178,7 +178,7 @@ def test_equal_inputs_give_equal_files(checkpoint, tmp_path):
 
 def test_memory_is_bounded_by_a_piece_not_by_the_model(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "PIECE", 1 << 14)
-    monkeypatch.setattr(chunks, "CPU_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(rows, "CPU_WEIGHTS", 1 << 12)
     peaks = []
     for name, layers, experts in (("small", 2, 3), ("large", 4, 12)):
         folder, _ = checkpoint(name=name, num_hidden_layers=layers, num_local_experts=experts, hidden_size=256)
@@ -226,7 +226,7 @@ def test_a_job_that_stops_before_it_has_finished_anything_leaves_nothing(
 def test_config_comes_last(checkpoint, tmp_path, monkeypatch):
     folder, _ = checkpoint()
     seen = []
-    config = manifest.config
+    config = manifest.config_of
 
     def spy(*args):
         seen.extend(p.name for p in (tmp_path / "out").iterdir())

@@ -16,10 +16,10 @@ from test_job_killed import OPTIONS, die, files
 
 import mlx_rotor
 import small_checkpoint
-from mlx_rotor.evals.stored import parameters_of
-from mlx_rotor.experts.packed_layer import PackedLayer
+from mlx_rotor.experts.layers import PackedLayer
 from mlx_rotor.host.loading import load as load_model
 from mlx_rotor.host.skeleton import skeleton
+from mlx_rotor.quality.stored import parameters_of
 from mlx_rotor.quant import calibrate, upload
 from mlx_rotor.quant.check import check
 from mlx_rotor.quant.job import quantize

@@ -11,7 +11,7 @@ import pytest
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import job
 from mlx_rotor.quant.calibrate import Calibration
-from mlx_rotor.quant.fold.search import Folding
+from mlx_rotor.quant.folding.search import Folding
 from mlx_rotor.quant.job import manifest, stream
 from mlx_rotor.quant.job.workplace import WORK
 from mlx_rotor.quant.plan import read_config

@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rotor.demo import MODEL
+from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import source
-from mlx_rotor.quant.placement import Layout
+from mlx_rotor.quant.inventory import Layout
 from mlx_rotor.quant.plan import Entry, make_plan, read_config
 from mlx_rotor.quant.policy import load
 from mlx_rotor.quant.source import Checkpoint, companions, is_repository, locate

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant.source.fp8 import dequantize
+from mlx_rotor.quant.source.checkpoint import dequantize
 
 FINITE = np.array([c for c in range(256) if c & 127 != 127], np.uint8)
 

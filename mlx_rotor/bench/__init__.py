@@ -1,0 +1,1 @@
+"""Time, memory and traffic of the parts: what `mlx_rotor benchmark` runs."""

@@ -1,0 +1,257 @@
+"""Ways to quantize one source side by side: what each takes, and what it costs on code and prose. A file keeps rows.
+
+Rows of `weight_rows` as Markdown tables and as a drawing: KL divergence against size. Knows no model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import RotorError
+from ..quality.card import percent, pm
+from ..quality.evaluation import Row, compared, row_of
+from ..quality.machine import machine
+from ..quality.plot import SETTINGS, available
+from ..quality.record import LOOSE, replace_text
+from ..quality.sample import Domain, Size
+from ..quality.streamed import Streamed
+from ..quant import policy as policies
+from ..quant.budget import TooSmall, file_bytes
+from ..quant.job import dry_run
+from ..quant.recipe import BUNDLED, Recipe
+from ..quant.spec import Budget
+
+FORMAT, VERSION = "mlx_rotor weight quality", 1
+SOLVED = "rotor"
+CALIBRATED = "calibrated"
+METHODS = ("fast", "search", CALIBRATED)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A policy by one method: a fit, or `calibrated`, which is search with statistics of a text. `size_of`: for a
+    policy that is solved, the one whose size it gets."""
+
+    policy: str
+    method: str
+    size_of: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} at {self.size_of}'s size" if self.size_of else self.policy
+
+    def recipe(self, source: str | Path, sensitivities: Path) -> Recipe:
+        """Budgets go by measured sensitivities where the fit is calibrated, else by the prior."""
+        recipe = Recipe(policies.load(self.policy), "search" if self.method == CALIBRATED else self.method)
+        if self.method == CALIBRATED:
+            recipe = replace(recipe, calibration=BUNDLED)
+        if not self.size_of:
+            return recipe
+        other, _ = dry_run(source, policies.load(self.size_of))
+        recipe = replace(recipe, budget=Budget(nbytes=file_bytes(other, recipe.shard_bytes)))
+        return replace(recipe, sensitivities=sensitivities) if self.method == CALIBRATED else recipe
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by their way; `texts` and `machine` they share."""
+
+    source: str
+    texts: dict[str, str]
+    size: tuple[int, int]
+    machine: dict[str, str]
+    rows: dict[Way, Row]
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        rows = [{"way": asdict(way), "row": asdict(row)} for way, row in self.rows.items()]
+        head = {"format": FORMAT, "version": VERSION, "source": self.source, "texts": self.texts}
+        return head | {"size": list(self.size), "machine": self.machine, "rows": rows}
+
+    def write(self, path: Path) -> None:
+        """The whole file or nothing. RotorError where it can't be written."""
+        replace_text(path, json.dumps(self.facts(), indent=1) + "\n")
+
+
+def read(path: Path) -> Table:
+    """A file that `Table.write` made. Raises RotorError for anything else."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
+            raise ValueError("another format or version")
+        rows = {Way(**item["way"]): row_of(item["row"]) for item in data.pop("rows")}
+        return Table(**{**data, "size": tuple(data["size"])}, rows=rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise RotorError(f"{path}: not a file of weight quality ({e}); give another, or delete it") from e
+
+
+def ways(listed: Sequence[str], methods: Sequence[str] = METHODS, solved: str = SOLVED) -> list[Way]:
+    """Every listed policy, and the solved one, if any, at the size of each, by every method."""
+    return [Way(*w) for p in listed for m in methods for w in ((p, m), (solved, m, p)) if w[0]]
+
+
+def measure(
+    source: str | Path,
+    wanted: Iterable[Way],
+    texts: Sequence[Domain],
+    size: Size,
+    file: Path,
+    progress: Callable[[str, int, int], Any] | None = None,
+    row_done: Callable[[], Any] = lambda: None,
+) -> tuple[Table, list[str]]:
+    """Makes and measures what is wanted and not in `file` yet, which is written after each row.
+
+    Returns the table, and a line for every way that can't be gone: a size below what the policy's floors allow.
+
+    Raises:
+        RotorError: a file of other texts, another size or another machine's versions; and as `compared`.
+    """
+    fresh = Table(
+        Path(source).resolve().name, {t.name: t.digest for t in texts}, (size.windows, size.window), machine(), {}
+    )
+    table = read(file) if file.exists() else fresh
+    for what in ("source", "texts", "size"):
+        if getattr(table, what) != getattr(fresh, what):
+            raise RotorError(f"{file} holds rows of another {what} ({getattr(table, what)}): give another file")
+    if any(table.machine.get(name) != fresh.machine[name] for name in fresh.machine.keys() - LOOSE):
+        raise RotorError(f"{file} holds rows of another machine ({table.machine}): give another file")
+    left: list[Way] = []
+    impossible: list[str] = []
+    for way in wanted:
+        if way in table.rows:
+            row_done()
+        else:
+            left.append(way)
+    if not left:
+        return table, impossible
+    with Streamed(source, texts, size, progress=progress) as streamed:
+        for way in left:
+            recipe = way.recipe(source, file.with_suffix(".sensitivities.json"))
+            try:
+                plan, _ = dry_run(source, recipe.plan(source, progress))
+            except TooSmall as e:
+                impossible.append(f"{way.name}, {way.method}: {e}")
+                row_done()
+                continue
+            (row,) = compared(streamed, [plan], fit=recipe.fit, guide=recipe.guide(progress))
+            table.rows[way] = replace(row, name=way.name, nbytes=file_bytes(plan, recipe.shard_bytes))
+            table.write(file)
+            row_done()
+    return table, impossible
+
+
+STYLES = {"fast": ("#555555", "o"), "search": ("#1f4e9e", "s"), CALIBRATED: ("#0b6e4f", "D")}
+
+
+def markdown(table: Table) -> str:
+    """KL divergence of every policy by method; then all figures of every row; what they rest on below."""
+    windows, window = table.size
+    m, texts = table.machine, ", ".join(f"{name} {digest}" for name, digest in table.texts.items())
+    notes = (
+        f"- {windows} windows of {window} tokens of each text ({texts});"
+        " KL(source ‖ row) in nats a token, perplexity as its change; ± one standard error between windows.",
+        "- fast: mx.quantize; a few rounds of k-means for codebooks. search: least squares. calibrated: search with the"
+        " inputs of another text and errors fed"
+        " back (GPTQ); where bits are solved for, by sensitivities measured on that text, else by the prior.",
+        f"- MB: weight files with headers. {m['machine']} ({m['device']}), mlx {m['mlx']}, mlx-lm {m['mlx_lm']},"
+        f" mlx_rotor {m['mlx_rotor']}, Python {m['python']}, {m['date']}.",
+    )
+    return "\n".join([*_divergences(table), "", *_everything(table), "", *notes]) + "\n"
+
+
+def _divergences(table: Table) -> list[str]:
+    """A line for each policy and size, a column for each text and method."""
+    methods = [m for m in METHODS if any(way.method == m for way in table.rows)]
+    head = ["policy", "MB", "bits a weight", *(f"KL, {name}: {m}" for name in table.texts for m in methods)]
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    by_name: dict[str, dict[str, Row]] = {}
+    for way, row in _ordered(table):
+        by_name.setdefault(row.name, {})[way.method] = row
+    for name, rows in by_name.items():
+        first = next(iter(rows.values()))
+        cells = [name, f"{first.nbytes / 1e6:.2f}", f"{first.bits_per_weight:.2f}"]
+        for nth in range(len(table.texts)):
+            cells += [pm(rows[m].quality[nth].divergence.mean) if m in rows else "" for m in methods]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _everything(table: Table) -> list[str]:
+    names = list(table.texts)
+    head = ["policy", "fit", "bytes"]
+    head += [f"{what}, {name}" for name in names for what in ("KL", "same top-1", "perplexity")]
+    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    for way, row in _ordered(table):
+        cells = [row.name, way.method, f"{row.nbytes:,}"]
+        for q in row.quality:
+            cells += [pm(q.divergence.mean), percent(q.divergence.agreement), percent(q.change)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ordered(table: Table) -> list[tuple[Way, Row]]:
+    """By size, the listed policy before what is solved for its size, then by method."""
+    sizes = {way.policy: row.nbytes for way, row in table.rows.items() if not way.size_of}
+
+    def key(item: tuple[Way, Row]) -> tuple[int, bool, int]:
+        way, row = item
+        return sizes.get(way.size_of or way.policy, row.nbytes), bool(way.size_of), METHODS.index(way.method)
+
+    return sorted(table.rows.items(), key=key)
+
+
+def drawing(table: Table) -> str:
+    """KL against size, a panel a text, SVG. Solved policies are joined by lines, listed ones are hollow marks.
+
+    Raises:
+        RotorError: no matplotlib, or nothing to draw.
+    """
+    available()
+    if not table.rows:
+        raise RotorError("--plot: no row was measured")
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(10, 5), layout="constrained")
+        FigureCanvasSVG(figure)
+        panels = figure.subplots(1, len(table.texts), squeeze=False, sharey=True)[0]
+        for nth, (axes, name) in enumerate(zip(panels, table.texts, strict=True)):
+            for method, (colour, marker) in STYLES.items():
+                for solved in (True, False):
+                    _series(axes, table, nth, method, solved, colour, marker)
+            axes.set_yscale("log")
+            axes.margins(x=0.12)  # names stand beside marks
+            axes.set_xlabel("MB of weight files")
+            axes.set_title(name)
+            axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
+        panels[0].set_ylabel("KL(source ‖ quantized), nats a token, ± one standard error")
+        panels[-1].legend(fontsize=8)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def _series(axes: Any, table: Table, nth: int, method: str, solved: bool, colour: str, marker: str) -> None:
+    part = sorted(
+        (row for way, row in table.rows.items() if way.method == method and bool(way.size_of) == solved),
+        key=lambda row: row.nbytes,
+    )
+    if not part:
+        return
+    found = [row.quality[nth].divergence.mean for row in part]
+    x, y = [row.nbytes / 1e6 for row in part], [kl.value for kl in found]
+    low = [min(kl.se or 0.0, 0.9 * kl.value) for kl in found]
+    error = [low, [kl.se or 0.0 for kl in found]]
+    style: dict[str, Any] = {"linewidth": 1.2} if solved else {"mfc": "white", "linestyle": "none"}
+    label = f"{'solved' if solved else 'listed'}, {method}"
+    axes.errorbar(x, y, yerr=error, color=colour, marker=marker, label=label, capsize=2, markersize=5, **style)
+    for row in part if not solved and method == "fast" else ():
+        at = (row.nbytes / 1e6, row.quality[nth].divergence.mean.value)
+        axes.annotate(row.name, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)

@@ -1,0 +1,1 @@
+"""Sides of commands that several share: flags, tables, units, progress."""

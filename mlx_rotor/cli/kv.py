@@ -1,0 +1,69 @@
+"""mlx_lm's flags with those for the KV scheme and the experts, the same in every command that runs a model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import RotorError
+
+PARTS = ("kv_sinks", "kv_ring", "kv_protect_layers")
+
+
+def completed(parser: argparse.ArgumentParser, command: str, description: str) -> argparse.ArgumentParser:
+    """A parser of mlx_lm's as that of `command`: the bundled model is the default, and ours are added."""
+    from ..cache import DEFAULT
+    from ..host.experts import AUTO, MODES
+
+    parser.prog, parser.description = f"mlx_rotor {command}", description
+    parser.set_defaults(model=None)
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
+    kv = parser.add_argument_group("compressed KV cache")
+    what = f"trellis3, turbo4v2, k=…,v=…, a calibration's .json, or exact (default: {DEFAULT})"
+    kv.add_argument("--kv", metavar="SCHEME", help=what)
+    kv.add_argument("--cache-type-k", metavar="CODEC", help="the codec of K, as llama.cpp spells it; f16 is exact")
+    kv.add_argument("--cache-type-v", metavar="CODEC", help="the codec of V")
+    kv.add_argument("--kv-sinks", type=int, metavar="N", help="first tokens kept exact (default: 4)")
+    kv.add_argument("--kv-ring", type=int, metavar="N", help="recent tokens kept exact (default: 128)")
+    kv.add_argument("--kv-protect-layers", type=int, metavar="N", help="end layers one codec step up (default: 2)")
+    experts = parser.add_argument_group("experts of mixture-of-experts models")
+    what = "fused: our kernels; stock: mlx_lm's own way; auto (the default): fused where it is known to run and to pay"
+    experts.add_argument("--experts", choices=MODES, default=AUTO, help=what)
+    return parser
+
+
+def scheme_of(args: argparse.Namespace) -> Any:
+    """The scheme `args` ask for, or None for exact KV.
+
+    Raises:
+        RotorError: an unknown scheme, or flags that contradict each other.
+    """
+    from ..cache import DEFAULT, EXACT, parse
+
+    text, k, v = args.kv, args.cache_type_k, args.cache_type_v
+    limit = getattr(args, "max_kv_size", None)
+    if k is not None or v is not None:
+        if text is not None:
+            raise RotorError("--kv and --cache-type-k/--cache-type-v say the same thing: use one of them")
+        if not (k and v):
+            raise RotorError("give both --cache-type-k and --cache-type-v")
+        text = EXACT if k == v == "f16" else f"k={k},v={v}"
+    parts = [f"--{part.replace('_', '-')}" for part in PARTS if getattr(args, part) is not None]
+    exact = text is not None and text.strip() == EXACT
+    if exact and parts:
+        raise RotorError(f"{', '.join(parts)}: all tokens are exact in exact KV; leave it out, or give another --kv")
+    if args.kv_bits is not None:
+        if not exact and (text is not None or parts):
+            raise RotorError("--kv-bits is mlx_lm's own cache and can't be combined with a compressed one; drop either")
+        if limit is not None:
+            raise RotorError("--kv-bits and --max-kv-size: mlx_lm packs no cache of limited size; drop either")
+        return None
+    if text is None and not parts and limit is not None:
+        from ..host.layers import SHORTEST_WINDOW
+
+        if limit < SHORTEST_WINDOW:
+            return None  # too few tokens to gain from packing, and nobody asked for it
+    text = DEFAULT if text is None else text
+    return parse(text, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)

@@ -1,0 +1,257 @@
+"""The flags of `quantize`, and the recipe they make. `demo` and `benchmark` make recipes of their own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import bundled
+from ..cache import scheme
+from ..errors import RotorError
+from ..memory import room
+from ..memory.room import Room
+from ..quant import policy as policies
+from ..quant.fit import FITS
+from ..quant.job import SHARD_BYTES
+from ..quant.plan import read_config
+from ..quant.recipe import BUNDLED, FOLDS, Recipe
+from ..quant.source import locate
+from ..quant.spec import Budget, parse_size
+from .command import positive
+
+BASELINES = ("config-i", "jang-k")
+LISTED, SOLVED = "config-i", "rotor"  # policies without and with a target
+CONTEXT = 32 * 1024
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags. Defaults stand in parentheses."""
+    p = argparse.ArgumentParser(
+        prog="mlx_rotor quantize",
+        description="A checkpoint to MLX safetensors that stock mlx_lm loads: a policy or a size decides the bits, a"
+        " fit chooses scales and codes, and a job that can be stopped at any time writes the files.",
+    )
+    p.add_argument(
+        "--model", default=str(bundled.MODEL), help="checkpoint folder or Hugging Face repository (bundled model)"
+    )
+    p.add_argument("--out", type=Path, help="folder to make; needed unless --dry-run or --check")
+    p.add_argument("--json", action="store_true", help='JSON lines, each with an "event"; the last is "result"')
+
+    bits = p.add_argument_group("bits")
+    bits.add_argument(
+        "--policy", help=f"{', '.join(policies.shipped())}, or a TOML file (config-i; rotor where a size is given)"
+    )
+    bits.add_argument(
+        "--target-size", type=_parsed(parse_size), metavar="SIZE", help="solve for weight files of this size, e.g. 86GB"
+    )
+    bits.add_argument("--target-bpw", type=float, metavar="BITS", help="solve for this many bits a weight, e.g. 3.25")
+    bits.add_argument(
+        "--context",
+        type=_parsed(room.token_count),
+        metavar="TOKENS",
+        help="with --fit 128GB: tokens to have room for (32K)",
+    )
+    bits.add_argument("--kv", metavar="SCHEME", help=f"with --fit 128GB: KV scheme of that room ({scheme.DEFAULT})")
+    bits.add_argument(
+        "--wired-limit",
+        type=_parsed(parse_size),
+        metavar="SIZE",
+        help="with --fit 128GB: what sysctl iogpu.wired_limit_mb gives the GPU (macOS's default)",
+    )
+    bits.add_argument(
+        "--sensitivities",
+        type=Path,
+        metavar="FILE",
+        help="what bits are worth where, for a target: read from FILE, or measured with --calibration and written there"
+        " (without: a prior)",
+    )
+
+    fit = p.add_argument_group("fit")
+    fit.add_argument(
+        "--fit",
+        action="append",
+        type=_fit,
+        metavar="FIT|MEMORY",
+        help="fast (mx.quantize), search (least squares) or best (slower still); or a Mac's RAM, e.g. 128GB: solve for"
+        " the bits that leave room for --context. May be given once for each (search)",
+    )
+    fit.add_argument(
+        "--calibration",
+        nargs="?",
+        const=BUNDLED,
+        default="",
+        metavar="FILE",
+        help="fit to the inputs that weights meet on a text: .txt, or .jsonl of texts (without FILE: bundled)",
+    )
+    fit.add_argument(
+        "--calibration-sequences", type=positive, metavar="N", help="pieces of the text (by the model's size)"
+    )
+    fit.add_argument(
+        "--calibration-length", type=positive, metavar="TOKENS", help="length of each (by the model's size)"
+    )
+    fit.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="llama.cpp's importance matrix (GGUF), for --calibration"
+    )
+    fit.add_argument(
+        "--fold", type=_folds, default=(), metavar="WHAT", help=f"even out inputs, exactly: {', '.join(FOLDS)} (none)"
+    )
+    fit.add_argument(
+        "--rescale-overflows", action="store_true", help="rescale, exactly, experts whose inputs overflow float16"
+    )
+
+    job = p.add_argument_group("job")
+    job.add_argument("--resume", action="store_true", help="go on with a job that was stopped, given the same flags")
+    job.add_argument("--workers", type=positive, metavar="N", help="threads (by the machine)")
+    job.add_argument(
+        "--stream-source", action="store_true", help="fetch a repository file by file, delete each after use"
+    )
+    job.add_argument(
+        "--shard-size", type=_parsed(parse_size), default=SHARD_BYTES, help="largest weight file, e.g. 4GB, 500MB (4GB)"
+    )
+
+    more = p.add_argument_group("before and after")
+    more.add_argument("--dry-run", action="store_true", help="print the sizes; needs only config.json")
+    more.add_argument(
+        "--report", action="store_true", help="with --dry-run: other policies' sizes and errors beside it"
+    )
+    more.add_argument(
+        "--check", type=Path, metavar="DIR", help="check any MLX checkpoint against its config.json, nothing else"
+    )
+    more.add_argument(
+        "--card",
+        action="store_true",
+        help="measure the result against its source and write README.md; takes about as long as 16,384 tokens of prompt"
+        " through every model in it, in float32",
+    )
+    more.add_argument(
+        "--baseline",
+        action="append",
+        metavar="POLICY",
+        help=f"in the card beside it, made the same way, or none ({', '.join(BASELINES)})",
+    )
+    more.add_argument("--text", action="append", metavar="NAME=FILE", help="texts of the card (bundled code and prose)")
+    more.add_argument("--upload-repo", metavar="ORG/NAME", help="upload the result to the Hugging Face hub")
+    return p
+
+
+# What --dry-run has no use for; the rest it honours: --out and --resume by looking at the folder.
+DOING = ("workers", "stream_source", "card", "baseline", "text", "upload_repo")
+
+
+def check_mode(args: argparse.Namespace) -> None:
+    """RotorError where a flag would do nothing in what is asked for, or contradicts it."""
+    usual = vars(parser().parse_args([]))
+    given = [name for name, value in vars(args).items() if value != usual[name]]
+
+    def refuse(names: Iterable[str], why: str) -> None:
+        if wrong := ", ".join(f"--{name.replace('_', '-')}" for name in given if name in names):
+            raise RotorError(f"{why}: leave out {wrong}")
+
+    if args.check is not None:
+        refuse([name for name in given if name not in ("check", "json")], "--check only reads a folder that is there")
+        return
+    if args.dry_run:
+        refuse(DOING, "--dry-run prints sizes and makes nothing")
+        if args.resume and not args.out:
+            raise RotorError("--resume goes on with the job in a folder: add --out DIR")
+        return
+    if args.report:
+        raise RotorError("--report is a table of sizes: add --dry-run")
+    if not args.out:
+        raise RotorError("--out DIR says where to write; --dry-run only prints the sizes")
+    if (args.baseline or args.text) and not args.card:
+        raise RotorError("--baseline and --text are of the card: add --card")
+    if "none" in (args.baseline or ()) and len(args.baseline) > 1:
+        raise RotorError("--baseline none compares with nothing: leave it out, or the other --baseline")
+    if args.card and args.stream_source:
+        raise RotorError(
+            "--card measures against the source, which --stream-source deletes: fetch it whole, or no card"
+        )
+    if args.stream_source and args.sensitivities and not args.sensitivities.exists():
+        raise RotorError(
+            "--sensitivities are measured on the whole source, which --stream-source never has: measure them without it"
+            " first"
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A Mac's RAM in bytes, in place of a fit."""
+
+    ram: int
+
+
+def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
+    """What the flags ask for; and the room that `--fit 128GB` found, whose bytes are the recipe's budget.
+
+    Raises:
+        RotorError: flags that contradict each other or would do nothing.
+    """
+    methods = [fit for fit in args.fit or () if isinstance(fit, str)]
+    memories = [fit for fit in args.fit or () if isinstance(fit, Memory)]
+    if len(methods) > 1 or len(memories) > 1:
+        raise RotorError("--fit can be given once for a fit and once for a Mac's memory")
+    targets = [args.target_size is not None, args.target_bpw is not None, bool(memories)]
+    if sum(targets) > 1:
+        raise RotorError("--target-size, --target-bpw and --fit MEMORY each set the size: give one of them")
+    if (args.context or args.kv or args.wired_limit) and not memories:
+        raise RotorError("--context, --kv and --wired-limit go with the memory of a Mac: --fit 128GB")
+    budget = found = None
+    if args.target_size is not None:
+        budget = Budget(nbytes=args.target_size)
+    elif args.target_bpw is not None:
+        budget = Budget(bits_per_weight=args.target_bpw)
+    elif memories:
+        config = read_config(locate(args.model, config_only=True))
+        kv = scheme.parse(args.kv or scheme.DEFAULT)
+        found = room.room(config, memories[0].ram, args.context or CONTEXT, kv, limit=args.wired_limit)
+        budget = Budget(nbytes=found.weights)
+    policy = policies.load(args.policy or (SOLVED if budget else LISTED))
+    return (
+        Recipe(
+            policy=policy,
+            fit=methods[0] if methods else "search",
+            budget=budget,
+            sensitivities=args.sensitivities,
+            calibration=args.calibration,
+            sequences=args.calibration_sequences,
+            length=args.calibration_length,
+            imatrix=args.imatrix,
+            folds=() if args.fold == ("none",) else args.fold,
+            rescale=args.rescale_overflows,
+            shard_bytes=args.shard_size,
+        ),
+        found,
+    )
+
+
+def _fit(text: str) -> str | Memory:
+    if text in FITS:
+        return text
+    try:
+        return Memory(room.ram_size(text))
+    except RotorError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(FITS)}, and no memory such as 128GB"
+        ) from None
+
+
+def _parsed(read: Callable[[str], int]) -> Callable[[str], int]:
+    """An argument's type out of a function that raises RotorError."""
+
+    def parse(text: str) -> int:
+        try:
+            return read(text)
+        except RotorError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+
+    return parse
+
+
+def _folds(text: str) -> tuple[str, ...]:
+    names = FOLDS if text == "all" else tuple(text.split(","))
+    if unknown := sorted(set(names) - {*FOLDS, "none"}):
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(FOLDS)}, all, none")
+    return names

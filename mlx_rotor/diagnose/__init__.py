@@ -1,0 +1,1 @@
+"""Whether this Mac runs the kernels right, and how fast: what `mlx_rotor doctor` runs."""

@@ -1,0 +1,122 @@
+"""A checkpoint's measured quality, and that of other policies made and measured the same way, as data."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RotorError
+from ..quant import job
+from ..quant.plan import Plan, decimal
+from ..quant.policy import Policy
+from .machine import machine
+from .metrics import Divergence, Estimate
+from .streamed import Quality, Streamed
+
+ROOM = 1.02  # of a temporary checkpoint beside its tensors: headers, tokenizer, the job's own files
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checkpoint measured: `name` is its policy's, `nbytes` its tensors' size, `parameters` those of the model."""
+
+    name: str
+    nbytes: int
+    parameters: int
+    fit: str
+    calibrated: bool
+    quality: tuple[Quality, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.nbytes * 8 / self.parameters
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`row` is the checkpoint's own, `others` those it is compared with; `machine` as `evals.machine`.
+
+    `whole`: the models ran whole in mlx_lm, not layer by layer in float32.
+    """
+
+    source: str
+    whole: bool
+    row: Row
+    others: tuple[Row, ...]
+    machine: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON holds it."""
+        return asdict(self) | {"machine": dict(self.machine)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Of what `to_dict` made. Raises RotorError for anything else."""
+        try:
+            others = tuple(row_of(r) for r in data["others"])
+            return cls(data["source"], bool(data["whole"]), row_of(data["row"]), others, dict(data["machine"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise RotorError(f"the evaluation is damaged ({type(e).__name__}: {e}); measure it again") from e
+
+
+def evaluate(
+    streamed: Streamed, folder: str | Path, plan: Plan, *, fit: str, calibrated: bool, others: Sequence[Row] = ()
+) -> Evaluation:
+    """Measures a finished checkpoint against its source. `others`: rows measured before (see `compared`)."""
+    row = Row(plan.policy.name, plan.nbytes, plan.parameters, fit, calibrated, streamed.measure(folder))
+    return Evaluation(streamed.folder.resolve().name, streamed.whole, row, tuple(others), machine())
+
+
+def compared(
+    streamed: Streamed,
+    policies: Sequence[Policy | Plan],
+    *,
+    fit: str = "search",
+    guide: job.GuideFactory | None = None,
+    folder: str | Path | None = None,
+    progress: Callable[[str], Any] | None = None,
+) -> list[Row]:
+    """Rows for other policies: each is quantized from the same source into a temporary folder, measured, and deleted.
+
+    Args:
+        fit, guide: as of `job.quantize`; the same as the checkpoint's make the rows comparable.
+        folder: where the temporary folders are made; default is the system's.
+        progress: called with what is being done.
+
+    Raises:
+        RotorError: too little disk for the largest of them, before anything is made; and as `job.quantize`.
+    """
+    plans = [p if isinstance(p, Plan) else job.dry_run(streamed.folder, p, fit=fit)[0] for p in policies]
+    place = Path(folder or tempfile.gettempdir())
+    need, free = round(ROOM * max((p.nbytes for p in plans), default=0)), shutil.disk_usage(place).free
+    if need > free:
+        largest = max(plans, key=lambda p: p.nbytes).policy.name
+        raise RotorError(
+            f"{place}: comparing with {largest} needs {decimal(need)} for a while, {decimal(free)} are free; compare"
+            " with fewer policies, or set TMPDIR to a bigger disk"
+        )
+    rows = []
+    for plan in plans:
+        name = plan.policy.name
+        with tempfile.TemporaryDirectory(prefix="mlx_rotor-", dir=place) as temporary:
+            out = Path(temporary) / name
+            if progress is not None:
+                progress(f"{name}: quantizing")
+            job.quantize(streamed.folder, out, plan, fit=fit, guide=guide)
+            if progress is not None:
+                progress(f"{name}: measuring")
+            rows.append(Row(name, plan.nbytes, plan.parameters, fit, guide is not None, streamed.measure(out)))
+    return rows
+
+
+def row_of(x: Mapping[str, Any]) -> Row:
+    return Row(**{**x, "quality": tuple(_quality(q) for q in x["quality"])})
+
+
+def _quality(x: Mapping[str, Any]) -> Quality:
+    estimates = {name: Estimate(**x[name]) for name in ("source", "perplexity", "change")}
+    return Quality(**{**x, **estimates, "divergence": Divergence.from_dict(x["divergence"])})

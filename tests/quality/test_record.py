@@ -1,0 +1,135 @@
+"""A comparison that is interrupted goes on from its file, and only where the file is about the same."""
+
+import json
+
+import pytest
+
+from mlx_rotor.errors import RotorError
+from mlx_rotor.quality import compare as module
+from mlx_rotor.quality import record
+from mlx_rotor.quality.compare import compare
+from mlx_rotor.quality.sample import Size
+
+SIZE = Size(windows=2, window=160, needles=1, lengths=(160,), depths=(0.1,), chats=0, greedy=0)
+KEPT = {"sinks": 0, "ring": 32, "protect_layers": 0}
+SCHEMES = ("exact", "turbo2", "turbo4")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Schemes whose windows were read, in order; `counted.stop` is one to be interrupted at."""
+
+    class Ran(list):
+        stop = None
+
+    ran = Ran()
+    predictions = module.score.predictions
+
+    def watched(model, caches, sample, chunk):
+        if caches._kv == ran.stop:
+            raise Stop
+        ran.append(caches._kv)
+        return predictions(model, caches, sample, chunk)
+
+    monkeypatch.setattr(module.score, "predictions", watched)
+    return ran
+
+
+def measure(folder, file, schemes=SCHEMES, size=SIZE, **more):
+    return compare([f"m={folder}"], schemes, size=size, protection=KEPT, file=file, **more)
+
+
+def figures(report):
+    return [(r.label, r.kv, r.perplexity, r.change, r.divergence, r.needles, r.footprint) for r in report.rows]
+
+
+def test_an_interrupted_table_goes_on(checkpoints, tmp_path, counted):
+    file = tmp_path / "table.json"
+    whole = measure(checkpoints["a"], None)
+    counted.clear()
+    counted.stop = "turbo4"
+    with pytest.raises(Stop):
+        measure(checkpoints["a"], file)
+    held = json.loads(file.read_text())
+    assert [r["kv"] for r in held["rows"]] == ["exact", "turbo2"] and held["missing"] == ["m turbo4"]
+    assert "Not measured yet: m turbo4." in record.read(file).markdown()
+    counted.clear()
+    counted.stop = None
+    resumed = measure(checkpoints["a"], file)
+    assert counted == ["exact", "turbo4"], "the reference's windows again, and the row that is missing"
+    assert figures(resumed) == figures(whole) and resumed.basis == whole.basis and resumed.missing == ()
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+    counted.clear()
+    assert figures(measure(checkpoints["a"], file)) == figures(whole) and counted == []
+
+
+def test_reading_gives_what_was_written(checkpoints, tmp_path):
+    file = tmp_path / "table.json"
+    report = compare([f"m={checkpoints['a']}"], SCHEMES, size=SIZE.with_(greedy=1), protection=KEPT, file=file)
+    read = record.read(file)
+    assert read.rows == report.rows and read.basis == report.basis
+    assert read.rows[1].greedy is not None
+    again = read.markdown().splitlines()
+    assert again[:-1] == report.markdown().splitlines()[:-1], "all but the line with the seconds"
+
+
+def test_rows_that_are_not_asked_for_stay(checkpoints, tmp_path, counted):
+    file = tmp_path / "table.json"
+    measure(checkpoints["a"], file, ("exact", "turbo2"))
+    report = measure(checkpoints["a"], file, ("turbo4",))
+    assert [r.kv for r in report.rows] == ["turbo4"]
+    assert [r["kv"] for r in json.loads(file.read_text())["rows"]] == ["turbo4", "exact", "turbo2"]
+
+
+def test_another_basis_is_refused(checkpoints, tmp_path):
+    file = tmp_path / "table.json"
+    measure(checkpoints["a"], file, ("turbo2",))
+    before = file.read_text()
+    with pytest.raises(RotorError, match=r"rows measured with another windows \(2, now 3\)"):
+        measure(checkpoints["a"], file, size=SIZE.with_(windows=3))
+    with pytest.raises(RotorError, match="another text"):
+        measure(checkpoints["a"], file, text="def f(): pass\n" * 400)
+    with pytest.raises(RotorError, match="another reference path"):
+        measure(checkpoints["b"], file)
+    with pytest.raises(RotorError, match="another protection"):
+        compare([f"m={checkpoints['a']}"], ("turbo2",), size=SIZE, file=file)
+    data = json.loads(before)
+    data["machine"]["mlx"] = "0.0.1"
+    file.write_text(json.dumps(data))
+    with pytest.raises(RotorError, match=r"another mlx \('0.0.1', now"):
+        measure(checkpoints["a"], file, ("turbo2",))
+
+
+def test_a_changed_model_is_measured_again(checkpoints, tmp_path, counted):
+    import shutil
+
+    file, folder = tmp_path / "table.json", tmp_path / "model"
+    shutil.copytree(checkpoints["a"], folder)
+    compare([f"m={folder}"], ("turbo2",), against=str(checkpoints["b"]), size=SIZE, file=file)
+    counted.clear()
+    compare([f"m={folder}"], ("turbo2",), against=str(checkpoints["b"]), size=SIZE, file=file)
+    assert counted == []
+    shutil.copy(checkpoints["b"] / "model.safetensors", folder)
+    compare([f"m={folder}"], ("turbo2",), against=str(checkpoints["b"]), size=SIZE, file=file)
+    assert counted == ["exact", "turbo2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not a JSON file"),
+        ('{"rows": []}', "not written by this version"),
+        ('{"format": "mlx_rotor evaluation", "version": 1, "basis": {}}', "damaged"),
+    ],
+)
+def test_what_is_no_record(tmp_path, text, says):
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    with pytest.raises(RotorError, match=says):
+        record.read(file)
+    with pytest.raises(RotorError, match="No such file"):
+        record.read(tmp_path / "none.json")
