@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from .. import bundled
 from ..errors import RotorError
-from .command import check_writable, positive
+from .arguments import positive
+from .command import check_writable
 
 if TYPE_CHECKING:
     from ..bench.jobs import Calibrated, Speed

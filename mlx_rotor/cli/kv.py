@@ -6,20 +6,26 @@ import argparse
 from typing import Any
 
 from ..errors import RotorError
+from .arguments import Parser, adopted
 
 PARTS = ("kv_sinks", "kv_ring", "kv_protect_layers")
 
 
-def completed(parser: argparse.ArgumentParser, command: str, description: str) -> argparse.ArgumentParser:
+def completed(parser: argparse.ArgumentParser, command: str, description: str) -> Parser:
     """A parser of mlx_lm's as that of `command`: the bundled model is the default, and ours are added."""
     from ..cache import DEFAULT
     from ..host.experts import AUTO, MODES
 
+    parser = adopted(parser)
     parser.prog, parser.description = f"mlx_rotor {command}", description
     parser.set_defaults(model=None)
     for action in parser._actions:
         if action.dest == "model":
             action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
+        elif action.dest == "kv_bits":
+            action.help = "mlx_lm's own quantized KV cache with so many bits, in place of --kv (default: none)."
+        elif action.dest in ("kv_group_size", "quantized_kv_start"):
+            action.help = f"Of mlx_lm's own cache. {action.help}"
     kv = parser.add_argument_group("compressed KV cache")
     what = f"trellis3, turbo4v2, k=…,v=…, a calibration's .json, or exact (default: {DEFAULT})"
     kv.add_argument("--kv", metavar="SCHEME", help=what)
