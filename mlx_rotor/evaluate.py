@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .cache import DEFAULT, EXACT
 from .cli.command import check_writable, run
 from .errors import RotorError
+from .files import write_text
 
 if TYPE_CHECKING:
     from .quality.report import Report
@@ -121,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     tables = report.markdown()
     print(json.dumps(report.to_dict(), indent=1) if a.json else tables, end="\n" if a.json else "")
     if a.out:
-        record.replace_text(a.out, tables)
+        write_text(a.out, tables)
     if a.plot:
-        record.replace_text(a.plot, plot.quality(report))
+        write_text(a.plot, plot.quality(report))
     return 0
 
 

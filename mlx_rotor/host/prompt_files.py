@@ -14,6 +14,7 @@ from mlx_lm.models import cache as stock
 
 from ..cache import RotorCache, Scheme
 from ..errors import RotorError
+from ..files import replacing
 from .attachment import make_prompt_cache, register, stock_cache
 from .layers import SHORTEST_WINDOW, compress, limited
 from .notes import fingerprint
@@ -50,14 +51,13 @@ def save_prompt_cache(path: str | Path, caches: list[Any], metadata: dict[str, s
         RotorError: the file can't be written.
     """
     target = written_path(path)
+    # mlx writes no other name than one that ends in .safetensors.
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
     try:
-        stock.save_prompt_cache(str(temporary), caches, {**(metadata or {}), CHECKSUM: _checksum(caches)})
-        os.replace(temporary, target)
+        with replacing(target, temporary):
+            stock.save_prompt_cache(str(temporary), caches, {**(metadata or {}), CHECKSUM: _checksum(caches)})
     except (OSError, RuntimeError) as e:
         raise RotorError(f"can't write the prompt cache {target}: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
