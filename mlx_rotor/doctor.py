@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output:
         check_writable("--output", output)
     from .diagnose.installation import diagnose, why_no_kernels
-    from .quality.record import replace_text
+    from .files import write_text
 
     found = diagnose()
     if not a.json:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.json:
         print(json.dumps(facts, indent=1))
     if output:
-        replace_text(output, json.dumps(facts, indent=1) + "\n")
+        write_text(output, json.dumps(facts, indent=1) + "\n")
         if not a.json:
             print(f"\n{output} holds all of this, to attach to a report.")
     return 0 if found.ok else 1

@@ -14,6 +14,7 @@ from .cache import DEFAULT, EXACT
 from .cli.arguments import Parser, above_zero, listed, number, replaced_flag, seed, whole
 from .cli.command import check_writable, finishes, read_text, run
 from .errors import RotorError
+from .files import write_text
 
 if TYPE_CHECKING:
     from .quality.report import Report
@@ -120,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = record.read(a.from_json) if a.from_json else _measured(a)
     tables = report.markdown()
     if a.out:
-        record.replace_text(a.out, tables)
+        write_text(a.out, tables)
     if a.plot:
-        record.replace_text(a.plot, plot.quality(report))
+        write_text(a.plot, plot.quality(report))
     print(json.dumps(report.to_dict(), indent=1) if a.json else tables, end="\n" if a.json else "")
     return 0
 

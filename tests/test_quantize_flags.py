@@ -39,11 +39,6 @@ def result(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_checkpoint.write(tmp_path_factory.mktemp("small") / "source")
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "code.txt"
