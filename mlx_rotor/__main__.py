@@ -12,7 +12,7 @@ COMMANDS = {
     "quantize": "turn a checkpoint into MLX safetensors, bits by policy or for a size; check one; write its card",
     "evaluate": "what compression cost: perplexity, KL divergence, needle retrieval",
     "doctor": "versions, device, backends and why; on a Mac, checks and times every kernel",
-    "benchmark": "parts measured: kernels, codecs, caches; weight fits, quantize jobs, policies",
+    "benchmark": "parts measured: codecs, caches, experts; weight fits, quantize jobs, policies",
     "demo": "quantize the bundled model, run it through a compressed KV cache, show saving and cost",
 }
 
