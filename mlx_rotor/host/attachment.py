@@ -57,6 +57,13 @@ def stock_cache(model: Any) -> list[Any]:
     return list(stock.make_prompt_cache(without_hook))
 
 
+def layer_cache(scheme: Scheme | None) -> Any:
+    """The cache of one layer of no model in particular: packed by `scheme`, or mlx_lm's own for None."""
+    if scheme is None:
+        return stock_cache(SimpleNamespace(layers=[None]))[0]
+    return RotorCache(scheme.k, scheme.v, scheme.sinks, scheme.ring, scheme.block)
+
+
 def _scheme(kv: str | Scheme | None, sinks: int | None, ring: int | None, protect_layers: int | None) -> Scheme | None:
     scheme = parse(kv) if isinstance(kv, str) else kv
     return scheme and scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)
