@@ -18,7 +18,8 @@ from .bench.codecs import DIM, VECTORS, BiasedKeys, Distortion, measure_all
 from .bundled import held_out_text
 from .cache import DEFAULT, EXACT, scheme
 from .cli import benchmark_experts, benchmark_weights
-from .cli.command import positive, run, whole
+from .cli.arguments import Parser, listed, positive, whole
+from .cli.command import finishes, run
 from .errors import RotorError
 from .quality.machine import machine
 
@@ -49,8 +50,8 @@ COLUMNS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="mlx_rotor benchmark", description="measurements of parts")
+def parser() -> Parser:
+    p = Parser(prog="mlx_rotor benchmark", description="measurements of parts")
     parts = p.add_subparsers(dest="part", required=True, metavar="PART")
     k = parts.add_parser(
         "kernels",
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     k.add_argument("--part", dest="kernels", choices=("attention", "experts", "all"), default="all", help="(all)")
     k.add_argument("--schemes", default=",".join(PAIRS), help=f"comma-separated ({','.join(PAIRS)})")
-    k.add_argument("--tokens", type=_list(positive), default=TOKENS, help="comma-separated (4096,16384)")
+    k.add_argument("--tokens", type=listed(positive), default=TOKENS, help="comma-separated (4096,16384)")
     k.add_argument("--heads", type=int, default=32, help="query heads, over 8 KV heads of 128 (32)")
     k.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
     k.set_defaults(measure=_kernels)
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--schemes", default=",".join(CACHED), help=f"comma-separated ({','.join(CACHED)})")
     m.add_argument("--tokens", type=positive, default=CACHE_TOKENS, help=f"held while measured ({CACHE_TOKENS})")
     m.add_argument(
-        "--prompts", type=_list(whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
+        "--prompts", type=listed(whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
     )
     m.add_argument("--chunk", type=positive, default=512, help="prompt tokens fed at a time (512)")
     m.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@finishes
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     found = args.measure(args)
@@ -228,10 +230,6 @@ def _print_peaks(rows: Sequence[Prefill]) -> None:
         "exact KV's there. "
         "On a CPU, stock attention keeps all scores of a chunk, which MLX's GPU kernels do not."
     )
-
-
-def _list(read: Callable[[str], int]) -> Callable[[str], list[int]]:
-    return lambda text: [read(part) for part in text.split(",")]
 
 
 def _print_traffic(rows: Sequence[traffic.Row]) -> None:

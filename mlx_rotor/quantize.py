@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .cli.command import run
+from .cli.command import finishes, run
 from .cli.quantize_flags import BASELINES, check_mode, parser, recipe
 from .cli.quantize_output import Bars, facts, lengthened, plan_table, result_lines
 from .errors import RotorError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 REPORTED = ("config-i", "jang-k", "rotor-86", "rotor-79", "rotor-70")
 
 
+@finishes
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_mode(args)

@@ -41,7 +41,7 @@ def unit_of(parts: list[str]) -> str:
     """The part of the package a dotted path lies in: a sub-package, `errors`, or "commands"."""
     if "__main__" in parts or len(parts) < 2:
         return "commands"
-    if parts[1] == "errors" or parts[1] in TIERS:
+    if parts[1] in ("errors", "files") or parts[1] in TIERS:
         return parts[1]
     return "commands"
 
@@ -71,9 +71,9 @@ def dotted(path: Path, root: Path) -> list[str]:
 
 
 def may_import(importer: str, target: str) -> bool:
-    if target in ("errors", importer) or importer == "commands":
+    if target in ("errors", "files", importer) or importer == "commands":
         return True
-    if importer == "errors":
+    if importer in ("errors", "files"):
         return False
     return TIERS.get(target, COMMAND) <= TIERS[importer]
 

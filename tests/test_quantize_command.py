@@ -261,14 +261,12 @@ def test_out_is_needed_unless_dry(capsys):
     assert capsys.readouterr().err.startswith("error: --out DIR says where to write")
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("123", 123)]
-)
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8)])
 def test_sizes(text, size):
     assert quantize.parser().parse_args(["--shard-size", text]).shard_size == size
 
 
-@pytest.mark.parametrize("text", ["", "4XB", "-1GB", "0", "GB"])
+@pytest.mark.parametrize("text", ["", "4XB", "-1GB", "0GB", "GB"])
 def test_bad_sizes(text, capsys):
     with pytest.raises(SystemExit):
         quantize.parser().parse_args([f"--shard-size={text}"])

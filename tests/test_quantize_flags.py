@@ -39,11 +39,6 @@ def result(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_checkpoint.write(tmp_path_factory.mktemp("small") / "source")
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "code.txt"
@@ -93,26 +88,26 @@ def test_files_have_the_size_that_was_asked_for(small, tmp_path, capsys, flags):
 
 
 def test_the_room_of_a_mac(capsys):
-    assert run("--model", M27, "--dry-run", "--fit", "128GB", "--context", "64K", "--kv", "turbo4v2") == 0
+    assert run("--model", M27, "--dry-run", "--memory", "128GB", "--context", "64K", "--kv", "turbo4v2") == 0
     wide = capsys.readouterr().out
     assert "for weights: the GPU may have 103.08 GB of 128 GiB, less" in wide and "at 65,536 tokens" in wide
     size = float(re.search(r"^output  ([\d.]+) GB", wide, re.M)[1])
     room = float(wide.split()[0])
     assert 0.995 * room < size <= room + 0.005, "printed to 0.01"
-    assert run("--model", M27, "--dry-run", "--fit", "128GB", "--wired-limit", "120GB", "--kv", "exact") == 0
+    assert run("--model", M27, "--dry-run", "--memory", "128GB", "--wired-limit", "120GB", "--kv", "exact") == 0
     assert "the GPU may have 120.00 GB of 128 GiB, less 8.32 GB of KV cache at 32,768 tokens" in capsys.readouterr().out
 
 
 def test_a_mac_that_is_too_small_is_told_what_would_do(capsys):
-    assert run("--model", M27, "--dry-run", "--fit", "32GB") == 1
+    assert run("--model", M27, "--dry-run", "--memory", "32GB") == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("18.83 GB for weights") == 1
     assert re.search(r"policy rotor needs 65\.\d+ GB .* are needed at the least: a Mac with 87 GiB", printed.err)
 
 
-def test_fit_is_given_for_memory_and_for_a_method(small, tmp_path, capsys):
+def test_memory_sets_the_size_and_fit_the_method(small, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run("--model", small, "--out", out, "--fit", "16GB", "--fit", "fast", "--json") == 0
+    assert run("--model", small, "--out", out, "--memory", "16GB", "--fit", "fast", "--json") == 0
     told = result(capsys)
     assert told["fit"] == "fast" and told["policy"] == "rotor" and told["budget"]["bytes"] > 8e9
     assert {row["bits"] for row in told["rows"] if row["bits"]} == {8}

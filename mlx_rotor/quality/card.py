@@ -13,13 +13,12 @@ from typing import Any
 from ..cache import DEFAULT
 from ..errors import RotorError
 from ..experts import formats
+from ..files import write_json, write_text
 from ..quant.fit.lloyd import NOTE
 from ..quant.job.manifest import PROVENANCE
-from ..quant.safetensors_io import write_json
 from ..quant.source import is_repository
 from .evaluation import Evaluation, Row
 from .metrics import Estimate
-from .record import replace_text
 from .streamed import Quality
 
 CARD = "README.md"
@@ -256,7 +255,7 @@ def write(folder: str | Path, card: Card) -> None:
             write_json(folder / PROVENANCE, {**card.made, "evaluation": card.evaluation.to_dict()})
     except OSError as e:
         raise RotorError(f"{folder / PROVENANCE}: {e.strerror}") from e
-    replace_text(folder / CARD, text)
+    write_text(folder / CARD, text)
 
 
 def inherited(source: str | Path | None) -> dict[str, Any]:
