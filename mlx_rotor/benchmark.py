@@ -178,7 +178,5 @@ def _print_peaks(rows: Sequence[Prefill]) -> None:
     )
 
 
-
-
 if __name__ == "__main__":
     sys.exit(run(main))
