@@ -57,6 +57,13 @@ def stock_cache(model: Any) -> list[Any]:
     return list(stock.make_prompt_cache(without_hook))
 
 
+def layer_cache(scheme: Scheme | None) -> Any:
+    """The cache of one layer of no model in particular: packed by `scheme`, or mlx_lm's own for None."""
+    if scheme is None:
+        return stock_cache(SimpleNamespace(layers=[None]))[0]
+    return RotorCache(scheme.k, scheme.v, scheme.sinks, scheme.ring, scheme.block)
+
+
 def check_model(model: Any) -> None:
     """Raises RotorError for what is no model of mlx_lm's: it has neither layers nor a way to make caches for them."""
     if not (hasattr(model, "layers") or hasattr(model, "make_cache")):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...tables import text
-from ..fit.gaussian import relative_error
+from ..fit import relative_error
 from ..plan import Entry, Plan
 from ..policy import Spec
 from . import file_bytes
