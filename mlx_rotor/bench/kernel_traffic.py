@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import codec
 from ..errors import RotorError
-from ..kernels import PackedRun, PackedSide, metal
+from ..kernels import PackedSegment, PackedSide, metal
 from ..kernels.attention import attend_metal
 from ..kernels.packing import encode_metal
 from .throughput import DEVICES, predict
@@ -164,7 +164,7 @@ def decode(
     span, K has a mean for every `span` tokens, V one for each segment."""
     means, each = (span, None if span is None else 0), tokens // segments
     bodies = [
-        PackedRun(
+        PackedSegment(
             each,
             *(
                 packed_side(name, kv_heads, each, i, mean)
