@@ -13,9 +13,9 @@ from ..memory import room
 from ..memory.room import Room
 from ..quant import policy as policies
 from ..quant.fit import FITS
-from ..quant.job import SHARD_BYTES
 from ..quant.plan import read_config
 from ..quant.recipe import BUNDLED, FOLDS, Recipe
+from ..quant.shards import SHARD_BYTES
 from ..quant.source import locate
 from ..quant.spec import Budget, parse_size
 from .arguments import Parser, parsed, positive, with_unit
