@@ -5,24 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import bundled
 from ..cache import scheme
 from ..errors import RotorError
-from ..memory import room
-from ..memory.room import Room
+from ..fit import FITS
 from ..quant import policy as policies
-from ..quant import request
-from ..quant.fit import FITS
-from ..quant.recipe import BUNDLED, FOLDS, Recipe
-from ..quant.shards import SHARD_BYTES
-from ..quant.spec import parse_size
+from ..quant.spec import BUNDLED, FOLDS, parse_size
 from .arguments import Parser, parsed, positive, with_unit
+
+if TYPE_CHECKING:
+    from ..memory.room import Room
+    from ..quant.recipe import Recipe
 
 BASELINES = ("config-i", "jang-k")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All flags. Defaults stand in parentheses."""
     p = Parser(
         prog="mlx_rotor quantize",
@@ -48,13 +48,13 @@ def parser() -> argparse.ArgumentParser:
     bits.add_argument("--target-bpw", type=float, metavar="BITS", help="solve for this many bits a weight, e.g. 3.25")
     bits.add_argument(
         "--memory",
-        type=with_unit(room.ram_size),
+        type=with_unit(_ram),
         metavar="SIZE",
         help="a Mac's RAM, e.g. 128GB: solve for the bits that leave room for --context",
     )
     bits.add_argument(
         "--context",
-        type=parsed(room.token_count),
+        type=parsed(_tokens),
         metavar="TOKENS",
         help="with --memory: tokens to have room for (32K)",
     )
@@ -114,7 +114,6 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--shard-size",
         type=with_unit(parse_size),
-        default=SHARD_BYTES,
         help="largest weight file, e.g. 4GB, 500MB (4GB)",
     )
 
@@ -184,11 +183,13 @@ def check_mode(args: argparse.Namespace) -> None:
 
 
 def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
-    """What the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
+    """The recipe that the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
 
     Raises:
         RotorError: flags that contradict each other or would do nothing.
     """
+    from ..quant import request
+
     return request.recipe(
         args.model,
         args.policy,
@@ -206,8 +207,20 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
         imatrix=args.imatrix,
         folds=() if args.fold == ("none",) else args.fold,
         rescale=args.rescale_overflows,
-        shard_bytes=args.shard_size,
+        **({} if args.shard_size is None else {"shard_bytes": args.shard_size}),
     )
+
+
+def _ram(text: str) -> int:
+    from ..memory.room import ram_size  # with mlx_lm, which --help need not wait for
+
+    return ram_size(text)
+
+
+def _tokens(text: str) -> int:
+    from ..memory.room import token_count
+
+    return token_count(text)
 
 
 def _fit(text: str) -> str:

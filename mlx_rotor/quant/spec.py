@@ -77,6 +77,8 @@ def one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
 
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+BUNDLED = "bundled"  # the calibration text of this package
+FOLDS = ("norms", "downs")  # where scale folding can be done
 TARGET_BITS = (1.0, 16.0)  # no plan is outside
 
 
