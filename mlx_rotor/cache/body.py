@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..kernels import ExactRun, PackedRun
+from ..kernels import ExactSegment, PackedSegment
 from .side import Side, grown
 
 
@@ -37,10 +37,10 @@ class Ring:
         self.v[:, :, self.length : needed] = values
         self.length = needed
 
-    def run(self) -> ExactRun:
+    def segment(self) -> ExactSegment:
         """The tokens held; something must have been written once."""
         assert self.k is not None and self.v is not None
-        return ExactRun(self.k[:, :, : self.length], self.v[:, :, : self.length])
+        return ExactSegment(self.k[:, :, : self.length], self.v[:, :, : self.length])
 
     def copy(self) -> Ring:
         """The same tokens, whose memory is copied when either is written to."""
@@ -54,7 +54,7 @@ MANY = 2
 
 
 @dataclass
-class Segment:
+class BodySegment:
     """`length` tokens of both sides. Only an open one is ever written to; a closed one may be shared by caches."""
 
     k: Side
@@ -67,13 +67,13 @@ class Segment:
         self.v.append(self.length, v, near_v)
         self.length += k.shape[2]
 
-    def copy(self) -> Segment:
+    def copy(self) -> BodySegment:
         """Itself where closed, else one that can be written to without changing this one."""
         return replace(self, k=self.k.copy(), v=self.v.copy()) if self.open else self
 
-    def part(self, start: int) -> Segment:
+    def part(self, start: int) -> BodySegment:
         """An open copy of the tokens from `start` on, a whole number of spans."""
-        rest = Segment(self.k.part(start, self.length), self.v.part(start, self.length), self.length - start)
+        rest = BodySegment(self.k.part(start, self.length), self.v.part(start, self.length), self.length - start)
         if not self.open:
             rest.cut(rest.length)
         return rest
@@ -84,14 +84,14 @@ class Segment:
         self.v.cut(length)
         self.length = length
 
-    def joined(self, other: Segment) -> Segment:
+    def joined(self, other: BodySegment) -> BodySegment:
         """These tokens and the other's, closed; a whole number of spans here."""
         k = self.k.joined(self.length, other.k, other.length)
         v = self.v.joined(self.length, other.v, other.length)
-        return Segment(k, v, self.length + other.length, open=False)
+        return BodySegment(k, v, self.length + other.length, open=False)
 
-    def run(self, length: int) -> PackedRun:
-        return PackedRun(length, self.k.packed(), self.v.packed())
+    def first(self, length: int) -> PackedSegment:
+        return PackedSegment(length, self.k.packed(), self.v.packed())
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Body:
 
     Attributes:
         k, v: codec names.
-        centre: whether means are taken off: of K for SPAN tokens at a time, as rotary positions turn it; of V once.
+        centre: whether means are subtracted: of K for SPAN tokens at a time, as rotary positions turn it; of V once.
         segments: all but the last are closed and hold a whole number of SPAN tokens.
         length: tokens held.
     """
@@ -108,7 +108,7 @@ class Body:
     k: str
     v: str
     centre: bool
-    segments: list[Segment]
+    segments: list[BodySegment]
     length: int = 0
 
     def append(self, k: mx.array, v: mx.array, near_k: mx.array, near_v: mx.array) -> None:
@@ -118,7 +118,7 @@ class Body:
         last = self.segments[-1] if self.segments else None
         if last is None or (not last.open and last.length % SPAN == 0):
             mean = None if last is None else last.v.mean
-            self.segments.append(Segment(Side(self.k, self._span(SPAN)), Side(self.v, self._span(0), mean=mean)))
+            self.segments.append(BodySegment(Side(self.k, self._span(SPAN)), Side(self.v, self._span(0), mean=mean)))
         elif not last.open:
             self._close(last)
         self.segments[-1].append(k, v, near_k, near_v)
@@ -127,7 +127,7 @@ class Body:
     def _span(self, span: int) -> int | None:
         return span if self.centre else None
 
-    def _close(self, last: Segment) -> None:
+    def _close(self, last: BodySegment) -> None:
         """Closes the last segment but for an open copy of what is left over a whole number of spans."""
         whole = last.length // SPAN * SPAN
         self.segments[-1:] = [replace(last, length=whole, open=False)] if whole else []
@@ -175,13 +175,13 @@ class Body:
             if gone < first.length:
                 self.segments.insert(0, replace(first.part(gone), open=first.open))
 
-    def runs(self, length: int) -> list[PackedRun]:
+    def first(self, length: int) -> list[PackedSegment]:
         """The first `length` tokens as attention reads them."""
         out = []
         for segment in self.segments:
             if length <= 0:
                 break
-            out.append(segment.run(min(length, segment.length)))
+            out.append(segment.first(min(length, segment.length)))
             length -= segment.length
         return out
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RotorError
-from ..kernels import ExactRun, StoredRun
+from ..kernels import ExactSegment, Segment
 from . import saved
 from .body import SPAN, Body, Ring
 from .view import Counts, KVView, Mask, Tokens, causal, causal_mask, expanded, views
@@ -26,7 +26,7 @@ class RotorCache:
         sinks: first tokens kept exact.
         ring: recent tokens kept exact, at least; the oldest are packed once there would be more than ring + block.
         block: what is packed brings the body's length to a multiple of it: appends need not start inside a tile.
-        centre: take means off before packing, see `Body`.
+        centre: subtract means before packing, see `Body`.
         window: recent tokens that a query sees besides the sinks, itself among them; None: all. Others are dropped.
         fingerprint: of the model it is for; goes into files.
     """
@@ -56,7 +56,7 @@ class RotorCache:
     def _forget_views(self) -> None:
         """Before the body is written to: what is kept for the next call refers to its buffers, and a buffer that is
         referred to is copied."""
-        self._views: tuple[tuple[int, mx.Dtype, int], list[StoredRun], mx.array, mx.array] | None = None
+        self._views: tuple[tuple[int, mx.Dtype, int], list[Segment], mx.array, mx.array] | None = None
 
     # ------------------------------------------------------------ tokens in
     @property
@@ -83,8 +83,8 @@ class RotorCache:
         # The buffers are read after they are written: the write then happens in place.
         return self.fetch(*self.append(keys, values), keys.dtype)
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
-        """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact run)."""
+    def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactSegment]:
+        """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact segment)."""
         self.drop_unseen()
         first = 0 if self.sink_k is None else self.sink_k.shape[2]
         into_sinks = min(self.sinks - first, keys.shape[2])
@@ -113,22 +113,22 @@ class RotorCache:
             self.sink_k = mx.concatenate([self.sink_k, keys], axis=2)
             self.sink_v = mx.concatenate([self.sink_v, values], axis=2)
 
-    def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
-        """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact run) for this call to read."""
+    def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactSegment]:
+        """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact segment) to read now."""
         n, room = keys.shape[2], self.recent.room
         if self.recent.length == room and n <= self.block:
-            self._pack(self.recent.run())
+            self._pack(self.recent.segment())
         if self.recent.length + n <= room:
             self.recent.write(keys, values)
-            return self.body.length, self.recent.run()
-        body, recent = self.body.length, ExactRun(keys, values)
+            return self.body.length, self.recent.segment()
+        body, recent = self.body.length, ExactSegment(keys, values)
         if self.recent.length:
-            held = self.recent.run()
-            recent = ExactRun(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
+            held = self.recent.segment()
+            recent = ExactSegment(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
         self._pack(recent)
         return body, recent
 
-    def _pack(self, recent: ExactRun) -> None:
+    def _pack(self, recent: ExactSegment) -> None:
         """Packs the oldest of more than `ring` exact tokens, to a whole block of the body; the rest become the ring."""
         n = recent.length - self.ring
         n -= (self.body.length + n) % self.block
@@ -138,48 +138,48 @@ class RotorCache:
         self.recent.write(recent.k[:, :, n:], recent.v[:, :, n:])
 
     # ------------------------------------------------------------ tokens out
-    def fetch(self, body: int, recent: ExactRun, dtype: mx.Dtype) -> tuple[KVView, KVView]:
+    def fetch(self, body: int, recent: ExactSegment, dtype: mx.Dtype) -> tuple[KVView, KVView]:
         """Views of the sinks, the first `body` packed tokens and `recent`."""
         tokens, k, v = self.tokens(body, recent, dtype)
         return views(k, v, tokens)
 
-    def tokens(self, body: int, recent: ExactRun, dtype: mx.Dtype) -> tuple[Tokens, mx.array, mx.array]:
-        """What `fetch` is of: the runs, and lazy K and V."""
-        runs, k, v = self._behind(body, dtype)
+    def tokens(self, body: int, recent: ExactSegment, dtype: mx.Dtype) -> tuple[Tokens, mx.array, mx.array]:
+        """What `fetch` is of: the segments, and lazy K and V."""
+        segments, k, v = self._behind(body, dtype)
         self.counts.made += 1
         if recent.length:
-            runs, k, v = [*runs, recent], [*k, recent.k], [*v, recent.v]
-        kept = self.window is not None and self.sink_k is not None and len(runs) > 1
-        tokens = Tokens(runs, self.counts, self.window, kept)
+            segments, k, v = [*segments, recent], [*k, recent.k], [*v, recent.v]
+        kept = self.window is not None and self.sink_k is not None and len(segments) > 1
+        tokens = Tokens(segments, self.counts, self.window, kept)
         if len(k) == 1:
             return tokens, k[0], v[0]
         return tokens, mx.concatenate(k, axis=2), mx.concatenate(v, axis=2)
 
-    def _behind(self, body: int, dtype: mx.Dtype) -> tuple[list[StoredRun], list[mx.array], list[mx.array]]:
-        """Sinks and packed tokens: runs, and lazy arrays. The same objects as in the last call where nothing changed
+    def _behind(self, body: int, dtype: mx.Dtype) -> tuple[list[Segment], list[mx.array], list[mx.array]]:
+        """Sink and packed tokens: segments, and lazy arrays. The same objects as in the last call where nothing changed
         and that call's attention has not evaluated them. Before any attention has taken views none are kept: those
         that a model evaluates hold all tokens expanded."""
         now = (body, dtype, self.counts.fallback)
         if self._views is not None and self._views[0] == now:
-            _, runs, k, v = self._views
-            return runs, [k], [v]
-        runs = [] if self.sink_k is None or self.sink_v is None else [ExactRun(self.sink_k, self.sink_v)]
-        runs += self.body.runs(body)
-        if not runs:
+            _, segments, k, v = self._views
+            return segments, [k], [v]
+        segments = [] if self.sink_k is None or self.sink_v is None else [ExactSegment(self.sink_k, self.sink_v)]
+        segments += self.body.first(body)
+        if not segments:
             return [], [], []
-        parts = [expanded(run, dtype) for run in runs]
+        parts = [expanded(segment, dtype) for segment in segments]
         k, v = (
             parts[0] if len(parts) == 1 else (mx.concatenate(list(side), axis=2) for side in zip(*parts, strict=True))
         )
         if body == self.body.length and self.counts.attended:
-            self._views = (now, runs, k, v)
-        return runs, [k], [v]
+            self._views = (now, segments, k, v)
+        return segments, [k], [v]
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """Views of the tokens held, or (None, None)."""
         if self.empty():
             return None, None
-        recent = self.recent.run()
+        recent = self.recent.segment()
         return self.fetch(self.body.length, recent, recent.k.dtype)
 
     @property

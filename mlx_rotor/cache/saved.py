@@ -11,7 +11,7 @@ import mlx.core as mx
 from .. import codec
 from ..errors import RotorError
 from ..kernels import TILE
-from .body import SPAN, Body, Segment
+from .body import SPAN, Body, BodySegment
 from .side import Side
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def check(given: Any) -> Saved:
     _need(numbers["block"] > 0, "its block is 0")
     window, centre = given["window"], given["centre"]
     _need(window is None or (_is_number(window) and window > 0), f"its window is {window}")
-    _need(isinstance(centre, bool), "it does not say whether means were taken off")
+    _need(isinstance(centre, bool), "it does not say whether means were subtracted")
     exact = _check_exact(given["exact"], numbers)
     body = Body(names[0], names[1], centre, [])
     segments = given.get("segments", [])
@@ -135,14 +135,14 @@ def _check_exact(arrays: Any, numbers: dict[str, int]) -> Sequence[mx.array | No
     return list(arrays)
 
 
-def _segment(body: Body, parts: Any, exact: Sequence[mx.array | None]) -> Segment:
+def _segment(body: Body, parts: Any, exact: Sequence[mx.array | None]) -> BodySegment:
     _need(_is_list(parts, 8), "a segment of packed tokens is none")
     length, is_open, *arrays = parts
     _need(_is_number(length) and length > 0 and isinstance(is_open, bool), f"a segment has {length} tokens")
     _need(all(x is None or isinstance(x, mx.array) for x in arrays), "packed tokens are none")
     k = _side("K", body.k, body.centre, SPAN, arrays[:3], length, exact[2])
     v = _side("V", body.v, body.centre, 0, arrays[3:], length, exact[3])
-    return Segment(k, v, length, is_open)
+    return BodySegment(k, v, length, is_open)
 
 
 def _side(side: str, name: str, centre: bool, span: int, arrays: Any, length: int, exact: mx.array | None) -> Side:

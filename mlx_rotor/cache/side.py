@@ -40,9 +40,9 @@ class Side:
         tiles: uint32 [B, H, room / 32, words a tile]. Behind the tokens held the words of their own tile are 0, those
             of later tiles anything.
         scale: float16 [B, H, room], or None where the codec keeps none.
-        mean: float16 [B, H, groups, dim] in the codec's basis: what is taken off `span` tokens at a time before they
-            are encoded; with a span of 0 off all of them.
-        span: None where nothing is taken off.
+        mean: float16 [B, H, groups, dim] in the codec's basis: what is subtracted from `span` tokens at a time before
+            they are encoded; with a span of 0 from all of them.
+        span: None where nothing is subtracted.
     """
 
     codec_name: str

@@ -41,7 +41,7 @@ class Codec(Protocol):
         """The codec in Metal, or None: it then runs as MLX operations on every backend."""
 
     def encode(self, x: mx.array, mean: mx.array | None = None) -> Packed:
-        """x: [..., d], any float dtype; mean: float32, broadcastable to x, taken off in the codec's basis. Only a
+        """x: [..., d], any float dtype; mean: float32, broadcastable to x, subtracted in the codec's basis. Only a
         scaled codec takes one."""
 
     def decode(self, packed: Packed) -> mx.array:

@@ -67,7 +67,7 @@ TRIPLES: tuple[Triple, ...] = (AFFINE_2_3, AFFINE_3, AFFINE_4, LLOYD_2_3, LLOYD_
 
 @dataclass(frozen=True)
 class ExpertTiming:
-    """Milliseconds a layer, None where it was not measured; `skipped` says why. `key` is `verdicts.experts_key`."""
+    """Milliseconds a layer, None where not measured; `skipped` says why. `key` is `check_results.experts_key`."""
 
     model: str
     key: str
@@ -111,7 +111,7 @@ def measure(model: Dims, triple: Triple, room: int | None = None) -> list[Expert
 
 
 def record(timings: Sequence[ExpertTiming]) -> None:
-    """Stores which of those that were measured stock won, for `verdicts.prefers_stock`."""
+    """Stores which of those that were measured stock won, for `check_results.prefers_stock`."""
     lost, timed = [], []
     for t in timings:
         if t.fused_ms is None or t.stock_ms is None:
@@ -199,7 +199,7 @@ def _fits(model: Dims, triple: Triple) -> bool:
 
 
 def _key(model: Dims, triple: Triple) -> str:
-    """`verdicts.experts_key` of weights that are not made."""
+    """`check_results.experts_key` of weights that are not made."""
     made = [
         PackedWeight(formats.get(*spec), (mx.zeros((1, rows, 1)),), columns)
         for spec, (rows, columns) in zip(triple, model.shapes(), strict=True)

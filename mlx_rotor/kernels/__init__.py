@@ -1,4 +1,4 @@
-"""The operations everything above calls: each picks the backend and runs its kernel, or its reference twin."""
+"""The operations everything above calls: each picks the backend and runs its kernel or its reference."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from .attention import attend_exact, attend_metal
 from .launch import backend
 from .packed import TILE
 from .packing import dequantize_metal, encode_metal, encode_reference
-from .segments import ExactRun, PackedRun, PackedSide, StoredRun, in_order
+from .segments import ExactSegment, PackedSegment, PackedSide, Segment, in_order
 from .spec import KernelCodec
 
-__all__ = ["TILE", "ExactRun", "PackedRun", "PackedSide", "StoredRun", "attend", "backend", "dequantize", "encode"]
+__all__ = [
+    "TILE",
+    "ExactSegment",
+    "PackedSegment",
+    "PackedSide",
+    "Segment",
+    "attend",
+    "backend",
+    "dequantize",
+    "encode",
+]
 
 
 def encode(
@@ -24,7 +34,7 @@ def encode(
     """Packs x [B, H, n, D] into whole tiles; words and scales behind token n are 0.
 
     Args:
-        mean: float16 [B, H, groups, D] in the codec's basis, taken off before encoding: token i has mean
+        mean: float16 [B, H, groups, D] in the codec's basis, subtracted before encoding: token i has mean
             (first + i) // span; span 0: one for all. first is a multiple of 32.
 
     Returns:
@@ -41,32 +51,32 @@ def encode(
 
 def attend(
     q: mx.array,
-    runs: Sequence[StoredRun],
+    segments: Sequence[Segment],
     *,
     scale: float,
     mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
+    sink_logits: mx.array | None = None,
     window: int | None = None,
     kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
-    """Attention over [exact sinks][packed runs …][exact recent], each optional; see `reference.attend` for the rest.
+    """Attention over [sink tokens][packed segments …][exact recent], each optional; see `reference.attend`.
 
     Raises:
         RotorError: if a codec's kernel failed its check on this machine, or for a shape no kernel takes.
     """
     how: dict[str, Any] = {
-        "scale": scale, "mask": mask, "sinks": sinks, "window": window, "kept": kept, "lengths": lengths,
+        "scale": scale, "mask": mask, "sink_logits": sink_logits, "window": window, "kept": kept, "lengths": lengths,
     }  # fmt: skip
     if backend() == "reference":
-        return reference.attend(q, runs, **how)
-    first, bodies, recent = in_order(runs)
+        return reference.attend(q, segments, **how)
+    first, bodies, recent = in_order(segments)
     if not bodies:
-        return attend_exact(q, [run for run in (first, recent) if run], **how)
-    for run in bodies:
-        if run.k.codec.kernel is None or run.v.codec.kernel is None:
-            return reference.attend(q, runs, **how)
-        check_results.refuse("attend", q.dtype, run.k.codec, run.v.codec)
+        return attend_exact(q, [segment for segment in (first, recent) if segment], **how)
+    for segment in bodies:
+        if segment.k.codec.kernel is None or segment.v.codec.kernel is None:
+            return reference.attend(q, segments, **how)
+        check_results.refuse("attend", q.dtype, segment.k.codec, segment.v.codec)
     return attend_metal(q, first, bodies, recent, **how)
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..errors import RotorError
 from . import metal
-from .segments import ExactRun, PackedRun, Ready
+from .segments import ExactSegment, PackedSegment, Ready
 from .spec import DTYPES
 
 LOG2E = 1.4426950408889634
@@ -58,9 +58,9 @@ def arguments(names: tuple[str, ...]) -> str:
 
 def problem(
     q: mx.array,
-    sink_run: ExactRun | None,
-    body: PackedRun,
-    recent: ExactRun | None,
+    sink_segment: ExactSegment | None,
+    body: PackedSegment,
+    recent: ExactSegment | None,
     *,
     scale: float,
     mask: mx.array | str | None,
@@ -75,8 +75,8 @@ def problem(
     """Checks and gathers. Raises RotorError for what no kernel takes, saying what.
 
     Args:
-        body: one of the packed runs: of all, `before` tokens come before it and `after` behind. The last one's launch
-            reads the exact tokens too.
+        body: one of the packed segments: of all, `before` tokens come before it and `after` behind. The last one's
+            launch reads the exact tokens too.
         behind: tokens that follow the last query's own.
     """
     if q.dtype not in DTYPES:
@@ -88,10 +88,10 @@ def problem(
             f"queries {q.shape} don't go with {ready.kv_heads} KV heads of dimension {ready.k_dim}: "
             "the head dimension must be the same, and the KV heads must divide the query heads"
         )
-    # An absent exact run is the other one, with length 0; both absent: any array of the right kind.
-    first = sink_run or recent or _empty(q, ready)
+    # An absent exact segment is the other one, with length 0; both absent: any array of the right kind.
+    first = sink_segment or recent or _empty(q, ready)
     last = recent or first
-    n_sinks, n_recent = sink_run.length if sink_run else 0, recent.length if recent else 0
+    n_sinks, n_recent = sink_segment.length if sink_segment else 0, recent.length if recent else 0
     if lengths is None:
         lengths = mx.array([[n_sinks, body.length, after + n_recent]] * batch, mx.int32)
     kind, mask_array = NO_MASK, _NOTHING_MASKED
@@ -115,8 +115,8 @@ def problem(
     return Problem(q, ready, group * queries, splits + exact_splits, kind, inputs)
 
 
-def _empty(q: mx.array, body: Ready) -> ExactRun:
-    return ExactRun(*(mx.zeros((q.shape[0], body.kv_heads, 1, d), q.dtype) for d in (body.k_dim, body.v_dim)))
+def _empty(q: mx.array, body: Ready) -> ExactSegment:
+    return ExactSegment(*(mx.zeros((q.shape[0], body.kv_heads, 1, d), q.dtype) for d in (body.k_dim, body.v_dim)))
 
 
 def _row(x: mx.array, q: mx.array) -> mx.array:

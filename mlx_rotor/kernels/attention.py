@@ -1,4 +1,4 @@
-"""Attention where nothing is packed yet: MLX's own, over the exact runs in one piece.
+"""Attention where nothing is packed yet: MLX's own, over the exact segments in one piece.
 
 Attention over packed and exact tokens: the Metal launches. What they compute: `reference.attend`.
 """
@@ -13,9 +13,9 @@ import mlx.core as mx
 from ..errors import RotorError
 from . import metal, prefill
 from .arguments import POSITION, Problem, arguments, problem
-from .mask import Sight, held_by, kept_in_front
+from .mask import TokenMask, held_by, kept_in_front
 from .packed import TILE
-from .segments import ExactRun, PackedRun
+from .segments import ExactSegment, PackedSegment
 from .spec import KernelSpec
 
 # Taken when this module is imported: the host puts a wrapper in its place later, and that one calls us.
@@ -24,22 +24,28 @@ _stock = mx.fast.scaled_dot_product_attention
 
 def attend_exact(
     q: mx.array,
-    runs: Sequence[ExactRun],
+    segments: Sequence[ExactSegment],
     *,
     scale: float,
     mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
+    sink_logits: mx.array | None = None,
     window: int | None = None,
     kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
-    """As `reference.attend`, without a packed run."""
-    held = None if lengths is None else held_by([False] * len(runs), lengths)
-    sight = Sight(q.shape[2], [run.length for run in runs], mask, window, held, kept_in_front(runs) if kept else 0)
+    """As `reference.attend`, without a packed segment."""
+    held = None if lengths is None else held_by([False] * len(segments), lengths)
+    token_mask = TokenMask(
+        q.shape[2], [segment.length for segment in segments], mask, window, held, kept_in_front(segments) if kept else 0
+    )
     if window is not None or held is not None:
-        mask = _whole(sight, q.shape[2])
-    k, v = (runs[0].k, runs[0].v) if len(runs) == 1 else (mx.concatenate(side, axis=2) for side in _sides(runs))
-    out = _stock(q, k, v, scale=scale, mask=mask, sinks=sinks)
+        mask = _whole(token_mask, q.shape[2])
+    k, v = (
+        (segments[0].k, segments[0].v)
+        if len(segments) == 1
+        else (mx.concatenate(side, axis=2) for side in _sides(segments))
+    )
+    out = _stock(q, k, v, scale=scale, mask=mask, sinks=sink_logits)
     if held is not None:
         # A query of a row shorter than the batch's queries sees nothing, and its softmax is no number.
         padding = mx.stack(held).sum(0)[:, None] < mx.arange(q.shape[2], 0, -1)
@@ -47,23 +53,23 @@ def attend_exact(
     return out.astype(q.dtype)
 
 
-def _sides(runs: Sequence[ExactRun]) -> tuple[list[mx.array], list[mx.array]]:
-    return [run.k for run in runs], [run.v for run in runs]
+def _sides(segments: Sequence[ExactSegment]) -> tuple[list[mx.array], list[mx.array]]:
+    return [segment.k for segment in segments], [segment.v for segment in segments]
 
 
-def _whole(sight: Sight, rows: int) -> mx.array | None:
+def _whole(token_mask: TokenMask, rows: int) -> mx.array | None:
     """The mask over all slots as one array; None where every slot is seen."""
-    parts = [sight.part(run, 0, size) for run, size in enumerate(sight.sizes)]
+    parts = [token_mask.part(segment, 0, size) for segment, size in enumerate(token_mask.sizes)]
     if all(part is None for part in parts):
         return None
-    # Parts where all is seen, or that a mask of one column gave, become as wide as their runs.
+    # Parts where all is seen, or that a mask of one column gave, become as wide as their segments.
     dtype = next(part.dtype for part in parts if part is not None)
     seen = mx.array(True) if dtype == mx.bool_ else mx.array(0, dtype)
     lead = mx.broadcast_shapes(*[part.shape[:-1] for part in parts if part is not None])
     return mx.concatenate(
         [
             mx.broadcast_to(seen if part is None else part, (*lead, size))
-            for part, size in zip(parts, sight.sizes, strict=True)
+            for part, size in zip(parts, token_mask.sizes, strict=True)
         ],
         axis=-1,
     )
@@ -73,7 +79,7 @@ ROWS = 8  # query rows of a KV head that the decode kernel takes at a time
 # A split takes this many tokens of the body; beyond FEW splits, one more for each MORE_TOKENS. So there are enough for
 # a GPU's cores from 2K tokens on, and their results stay within some 5 % of the packed bytes at 16K.
 SPLIT_TOKENS, FEW, MORE_TOKENS, MAX_SPLITS = 256, 8, 2048, 31
-MAX_RUNS = 24  # packed runs: each is a launch, and has a split
+MAX_SEGMENTS = 24  # packed segments: each is a launch, and has a split
 _NO_LOGITS = mx.array([0.0])
 mx.eval(_NO_LOGITS)
 
@@ -148,9 +154,9 @@ def merge(
     """Splits put together: [B, Hq, L, Dv] in the queries' dtype.
 
     Args:
-        partial, stats: of all splits, `splits` of each packed run, then what there is of exact tokens.
-        logits: [Hq] of attention sinks.
-        means: of each packed run's values.
+        partial, stats: of all splits, `splits` of each packed segment, then what there is of exact tokens.
+        logits: [Hq], attention-sink logits.
+        means: of each packed segment's values.
     """
     batch, heads, queries, _ = p.q.shape
     v, v_dim = p.body.v, p.body.v_dim
@@ -163,7 +169,7 @@ def merge(
     if mean is not None:
         ends = list(accumulate(splits))
         if all(other is mean for other in means):
-            ends = ends[-1:]  # as of one run: the runs of a layer have one mean
+            ends = ends[-1:]  # as of one segment: the segments of a layer have one mean
         else:
             no_mean = mx.zeros((batch, p.body.kv_heads, 1, v_dim), mx.float16)
             mean = mx.concatenate([no_mean if other is None else other for other in means], axis=2)
@@ -199,7 +205,7 @@ def _merge(v: KernelSpec, dim: int, logits: bool, centred: bool) -> Callable[...
 
 
 def share(splits: int, lengths: Sequence[int]) -> list[int]:
-    """`splits` over packed runs by their lengths: at least one each, MAX_SPLITS in all."""
+    """`splits` over packed segments by their lengths: at least one each, MAX_SPLITS in all."""
     if len(lengths) == 1:
         return [splits]
     whole = max(1, sum(lengths))
@@ -211,23 +217,23 @@ def share(splits: int, lengths: Sequence[int]) -> list[int]:
 
 def attend_metal(
     q: mx.array,
-    sink_run: ExactRun | None,
-    bodies: Sequence[PackedRun],
-    recent: ExactRun | None,
+    sink_segment: ExactSegment | None,
+    bodies: Sequence[PackedSegment],
+    recent: ExactSegment | None,
     *,
     scale: float,
     mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
+    sink_logits: mx.array | None = None,
     window: int | None = None,
     kept: bool = False,
     lengths: mx.array | None = None,
 ) -> mx.array:
     """`reference.attend` on the GPU: [B, Hq, L, Dv] in q's dtype. Nothing as long as the past is made.
 
-    Each packed run is a launch of its own, the last one's with the exact tokens; one more puts their results together.
+    Each packed segment is a launch of its own, the last one's with the exact tokens; one more merges their results.
 
     Raises:
-        RotorError: no packed run, too many, or of several codecs; a dtype, codec or head dimension no kernel takes.
+        RotorError: no packed segment, too many, or of several codecs; a dtype, codec or head dimension no kernel takes.
     """
     places = _places(bodies, lengths)
     queries, held = q.shape[2], [body.length for body in bodies]
@@ -242,7 +248,7 @@ def attend_metal(
         stop = min(start + piece, queries)
         problems = [
             problem(
-                q if piece == queries else q[:, :, start:stop], sink_run, body, recent,
+                q if piece == queries else q[:, :, start:stop], sink_segment, body, recent,
                 scale=scale, mask=_mask_rows(mask, start, stop), window=window, kept=kept, lengths=lengths,
                 splits=count, behind=queries - stop, before=before, after=sum(held) - before - body.length,
             )
@@ -256,23 +262,25 @@ def attend_metal(
         partial, stats = results[0]
         if len(results) > 1:
             partial, stats = (mx.concatenate(list(x), axis=3) for x in zip(*results, strict=True))
-        parts.append(merge(problems[-1], partial, stats, sinks, splits, [body.v.mean for body in bodies]))
+        parts.append(merge(problems[-1], partial, stats, sink_logits, splits, [body.v.mean for body in bodies]))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
-def _places(bodies: Sequence[PackedRun], lengths: mx.array | None) -> list[int]:
-    """How many packed tokens come before each of the packed runs, which are checked to go together."""
+def _places(bodies: Sequence[PackedSegment], lengths: mx.array | None) -> list[int]:
+    """How many packed tokens come before each of the packed segments, which are checked to go together."""
     if not bodies:
         raise RotorError("attention over exact tokens alone needs no kernel of ours: call mx.fast's")
-    if len(bodies) > MAX_RUNS:
-        raise RotorError(f"attention over {len(bodies)} packed runs; the kernels take up to {MAX_RUNS}: merge some")
+    if len(bodies) > MAX_SEGMENTS:
+        raise RotorError(
+            f"attention over {len(bodies)} packed segments; the kernels take up to {MAX_SEGMENTS}: merge some"
+        )
     if lengths is not None and len(bodies) > 1:
-        raise RotorError(f"lengths go with one packed run, not with {len(bodies)}")
+        raise RotorError(f"lengths go with one packed segment, not with {len(bodies)}")
     if len(bodies) == 1:
         return [0]
     codecs = {tuple((side.codec.name, side.codec.dim) for side in (body.k, body.v)) for body in bodies}
     if len(codecs) > 1:
-        raise RotorError(f"packed runs of one attention must have the same codecs; these have {sorted(codecs)}")
+        raise RotorError(f"packed segments of one attention must have the same codecs; these have {sorted(codecs)}")
     return [0, *accumulate(body.length for body in bodies[:-1])]
 
 

@@ -29,7 +29,7 @@ from .spec import KernelCodec, PackedWeight, WeightFormat
 ROWS = (1, 2, 4, 8)  # rows that expert kernels are timed at
 OF_EXPERTS = ("route", "gate_up", "down")  # operations that fused experts are made of
 Entries = list[dict[str, Any]]
-_ignored: ContextVar[bool] = ContextVar("mlx_rotor_verdicts_ignored", default=False)
+_ignored: ContextVar[bool] = ContextVar("mlx_rotor_check_results_ignored", default=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def path() -> Path:
-    """The file of verdicts: in `MLX_ROTOR_CACHE`, else in a folder of the user's cache folder."""
+    """The file of check results: in `MLX_ROTOR_CACHE`, else in a folder of the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("MLX_ROTOR_CACHE") or user / "mlx_rotor") / "kernels.json"
 
@@ -91,7 +91,7 @@ def kernels_digest() -> str:
 
 @cache
 def key() -> str:
-    """What a verdict holds for: this device, system (its compiler comes with it), MLX and kernels."""
+    """What a result holds for: this device, system (its compiler comes with it), MLX and kernels."""
     device = mx.device_info().get("device_name", platform.machine())
     return f"{device}; {platform.platform()}; mlx {version('mlx')}; kernels {kernels_digest()}"
 
@@ -111,7 +111,7 @@ def slower() -> tuple[Slower, ...]:
 
 
 def record(checks: Iterable[str], failed: Sequence[Failure]) -> None:
-    """Stores the outcome of `checks`: `failed` are those that failed. Verdicts on other checks and keys stay.
+    """Stores the outcome of `checks`: `failed` are those that failed. Results of other checks and keys stay.
 
     Raises:
         RotorError: a file that can't be read or written.
@@ -233,9 +233,11 @@ def _load() -> dict[str, Entries]:
             _failures(entry), _slower(entry)
         return known
     except OSError as e:
-        raise RotorError(f"{path()}: {e.strerror}; it holds verdicts on kernels: make it readable, or delete it") from e
+        raise RotorError(
+            f"{path()}: {e.strerror}; it holds check results of kernels: make it readable, or delete it"
+        ) from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise RotorError(f"{path()} is not a file of verdicts on kernels; delete it") from e
+        raise RotorError(f"{path()} is not a file of check results of kernels; delete it") from e
 
 
 def _failures(entries: Entries) -> tuple[Failure, ...]:

@@ -1,6 +1,6 @@
-"""Encoding a chunk of vectors into tiles: the kernel and its twin.
+"""Encoding a chunk of vectors into tiles: the kernel and its reference.
 
-Packed tokens back in the model's basis: the kernel. Its twin is `reference.dequantize`.
+Packed tokens back in the model's basis: the kernel. Its reference is `reference.dequantize`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def encode_metal(
 def encode_reference(
     codec: KernelCodec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
 ) -> tuple[mx.array, mx.array | None]:
-    """The twin: the same shapes and errors, and on a CPU the same bits."""
+    """The reference of the encode kernel: the same shapes and errors, and on a CPU the same bits."""
     segments.check_means(codec, x.shape, mean, first, span)
     packed = codec.encode(x, None if mean is None else spread(mean, first, first + x.shape[2], span))
     if packed.scale is None:

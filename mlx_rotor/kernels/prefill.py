@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..errors import RotorError
 from . import metal
 from .arguments import POSITION, Problem, arguments
-from .segments import PackedRun
+from .segments import PackedSegment
 from .spec import DTYPES, KernelSpec, Struct
 
 ROTATE_THREADS, ROTATE_VECTORS = 128, 16  # MLX_ROTOR_ROTATE_VECTORS
@@ -67,7 +67,7 @@ THREADGROUPS = 256  # enough to fill a GPU
 PARTIAL_BYTES = 64 << 20  # partial results of the queries taken at a time
 
 
-def splits_for(q: mx.array, body: PackedRun, most: int) -> int:
+def splits_for(q: mx.array, body: PackedSegment, most: int) -> int:
     """Parts that the body is read in: as many as fill a GPU along with the rows, at most `most`."""
     batch, heads, queries, _ = q.shape
     kv_heads = body.k.tiles.shape[1]
@@ -75,7 +75,7 @@ def splits_for(q: mx.array, body: PackedRun, most: int) -> int:
     return max(1, min(most, -(-THREADGROUPS // (batch * kv_heads * blocks))))
 
 
-def piece_for(q: mx.array, body: PackedRun, splits: int) -> int:
+def piece_for(q: mx.array, body: PackedSegment, splits: int) -> int:
     """Queries taken at a time: partial results stay below PARTIAL_BYTES."""
     row_bytes = 4 * q.shape[0] * q.shape[1] * (splits + 1) * body.v.codec.dim
     return max(1, min(int(q.shape[2]), PARTIAL_BYTES // row_bytes))

@@ -1,4 +1,4 @@
-"""Means that were taken off vectors: which mean a token has, and how a kernel is told. Knows no cache.
+"""Means that were subtracted from vectors: which mean a token has, and how a kernel is told. Knows no cache.
 
 Runs: consecutive tokens that attention reads, exact or packed. Knows codecs by what they do, not by name.
 """
@@ -52,7 +52,7 @@ ONE_MEAN = 1 << 24  # tiles that share a mean where all do
 
 
 @dataclass(frozen=True)
-class ExactRun:
+class ExactSegment:
     """Tokens kept as they came: k, v [B, H, length, D]."""
 
     k: mx.array
@@ -88,8 +88,8 @@ class PackedSide:
     """K or V of packed tokens: a codec and whole buffers, whose room behind the tokens is never cut off.
 
     tiles: uint32 [B, H, room / 32, D · bits]; scale: float16 [B, H, room], None where the codec keeps none.
-    mean: float16 [B, H, groups, D] in the codec's basis, or None: what was taken off vectors before they were encoded.
-    Token t has mean t // span; a span of 0 is one mean for all.
+    mean: float16 [B, H, groups, D] in the codec's basis, or None: what was subtracted from vectors before they were
+    encoded. Token t has mean t // span; a span of 0 is one mean for all.
     """
 
     codec: KernelCodec
@@ -113,7 +113,7 @@ class PackedSide:
 
 @dataclass(frozen=True)
 class Ready:
-    """A packed run as launches take it: its codecs in Metal, dimensions, and arrays by the kernels' names for them.
+    """A packed segment as launches take it: its codecs in Metal, dimensions, and arrays by the kernels' names for them.
 
     `span`: tiles that share a mean of K, 0 for no mean.
     """
@@ -128,7 +128,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class PackedRun:
+class PackedSegment:
     """The first `length` tokens of two packed sides."""
 
     length: int
@@ -149,7 +149,7 @@ class PackedRun:
 
     @cached_property
     def ready(self) -> Ready:
-        """What every launch over these tokens takes, checked once: a run serves many steps.
+        """What every launch over these tokens takes, checked once: a segment serves many steps.
 
         Raises:
             RotorError: a codec without a kernel, or means that don't fit.
@@ -172,28 +172,28 @@ class PackedRun:
         return Ready(spec_of(k.codec), spec_of(v.codec), k.codec.dim, v.codec.dim, k.tiles.shape[1], span, present)
 
 
-StoredRun = ExactRun | PackedRun
+Segment = ExactSegment | PackedSegment
 
 
-def in_order(runs: Sequence[StoredRun]) -> tuple[ExactRun | None, list[PackedRun], ExactRun | None]:
-    """Runs in token order as (sinks, packed segments, recent), without those that hold nothing; a single exact run is
+def in_order(segments: Sequence[Segment]) -> tuple[ExactSegment | None, list[PackedSegment], ExactSegment | None]:
+    """Segments in token order as (sinks, packed segments, recent), without empty ones; a single exact segment is
     `recent`.
 
     Raises:
         ValueError: if they are not exact sinks, packed segments and exact recent tokens.
     """
-    sinks: ExactRun | None = None
-    bodies: list[PackedRun] = []
-    recent: ExactRun | None = None
-    held = [run for run in runs if run.length]
-    for i, run in enumerate(held):
-        if isinstance(run, PackedRun) and recent is None:
-            bodies.append(run)
-        elif isinstance(run, ExactRun) and i == 0 and len(held) > 1:
-            sinks = run
-        elif isinstance(run, ExactRun) and recent is None:
-            recent = run
+    sinks: ExactSegment | None = None
+    bodies: list[PackedSegment] = []
+    recent: ExactSegment | None = None
+    held = [segment for segment in segments if segment.length]
+    for i, segment in enumerate(held):
+        if isinstance(segment, PackedSegment) and recent is None:
+            bodies.append(segment)
+        elif isinstance(segment, ExactSegment) and i == 0 and len(held) > 1:
+            sinks = segment
+        elif isinstance(segment, ExactSegment) and recent is None:
+            recent = segment
         else:
             kinds = ", ".join(type(r).__name__ for r in held)
-            raise ValueError(f"runs must be exact sinks, packed segments, exact recent tokens; these are {kinds}")
+            raise ValueError(f"segments must be exact sinks, packed segments, exact recent tokens; these are {kinds}")
     return sinks, bodies, recent

@@ -1,6 +1,6 @@
 """What a kernel needs to know of a codec: its Metal types and the numbers of its rotation.
 
-Packed weights as kernels and their twins see them: a format, its arrays, and the twin's way of reading them.
+Packed weights as kernels and their references see them: a format, its arrays, and how the reference reads them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KernelSpec:
 
 
 class KernelCodec(Protocol):
-    """A codec as kernels and their twins see it; `mlx_rotor.codec.base.Codec` says what the methods do."""
+    """A codec as kernels and their references see it; `mlx_rotor.codec.base.Codec` says what the methods do."""
 
     @property
     def name(self) -> str: ...

@@ -1,6 +1,7 @@
 """Attaching fused experts: parity of whole models, what is left to mlx_lm and how that is said, and taking them off."""
 
 import copy
+import importlib
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,15 +14,17 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 import mlx_rotor
 import zoo
 from expert_models import apart, expert_layers, logits, pack, pack_in
-from mlx_rotor import quantize
 from mlx_rotor.cli import command
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import expert_layers as fused_layers
-from mlx_rotor.host import experts, known_routers
+from mlx_rotor.host import experts
 from mlx_rotor.host.expert_layers import kernel_name
 from mlx_rotor.host.experts import attach_experts, detach_experts
 from mlx_rotor.host.versions import digest
+from mlx_rotor.models import routers
 from tiny_models import tiny
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": 8, "routed_scaling_factor": 1.7}
 MODELS = {
@@ -38,7 +41,7 @@ LLOYD, IQ4, Q8 = ("lloyd", 3, 64), ("iq4_nl", 4, 16), ("q8", 8, 32)
 
 
 @pytest.fixture(autouse=True)
-def twins(monkeypatch):
+def references(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
     mx.disable_compile()
     yield
@@ -204,21 +207,21 @@ def test_stock(model):
 
 def test_auto_obeys_what_was_measured(model, monkeypatch):
     monkeypatch.setattr(experts, "backend", lambda: "metal")
-    verdicts = {1: None, 2: None, 4: "slower", 8: "slower"}
+    known = {1: None, 2: None, 4: "slower", 8: "slower"}
     asked = set()
 
     def prefers(key, rows):
         asked.add(key)
-        return verdicts[next(n for n in verdicts if n >= rows)]
+        return known[next(n for n in known if n >= rows)]
 
-    monkeypatch.setattr(experts.verdicts, "prefers_stock", prefers)
+    monkeypatch.setattr(experts.check_results, "prefers_stock", prefers)
     want = logits(model, (4, 2, 1))
     report = attach_experts(model)
     assert asked == {"affine2:32+affine4:32+affine3:32 64x32"}
     assert report.describe().endswith("; layers 0-2: stock for 3-8 tokens at once, faster here")
     assert apart(logits(model, (4, 2, 1)), want) < 1e-5
     assert {(e.counts.fused, e.counts.stock) for e in report.layers} == {(2, 1)}
-    verdicts |= {1: "fused took 2 ms and stock 1", 2: "slower"}
+    known |= {1: "fused took 2 ms and stock 1", 2: "slower"}
     assert attach_experts(model).describe() == "3 layers left to mlx_lm (fused took 2 ms and stock 1)"
     assert "3 layers fused" in attach_experts(model, "fused").describe()
 
@@ -319,14 +322,16 @@ def test_every_known_block_is_the_installed_one():
     """A contract with the installed mlx_lm: a block of other code is left with its own router."""
     import importlib
 
-    for (module, name), block in known_routers.BLOCKS.items():
-        kind = getattr(importlib.import_module(f"mlx_lm.models.{module}"), name)
-        assert digest(kind, block.uses) == block.digest, (module, name)
+    assert len(routers()) == 28
+    for name, block in routers().items():
+        module, _, kind = name.partition(".")
+        found = getattr(importlib.import_module(f"mlx_lm.models.{module}"), kind)
+        assert digest(found, block.uses) == block.digest, name
 
 
 def test_other_code_keeps_its_router(model, monkeypatch):
-    key = ("minimax", "MiniMaxSparseMoeBlock")
-    monkeypatch.setitem(known_routers.BLOCKS, key, replace(known_routers.BLOCKS[key], digest="0" * 12))
+    name = "minimax.MiniMaxSparseMoeBlock"
+    monkeypatch.setitem(routers(), name, replace(routers()[name], digest="0" * 12))
     want = logits(model)
     report = attach_experts(model, "fused")
     assert report.describe() == (
