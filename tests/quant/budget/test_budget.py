@@ -207,7 +207,7 @@ def test_what_is_no_size_is_refused(text):
 def test_a_size_has_a_unit(text):
     with pytest.raises(RotorError, match=f"'{text}' has no unit: write {text}GB"):
         parse_size(text)
-    with pytest.raises(RotorError, match="policy p: .*has no unit"):
+    with pytest.raises(RotorError, match=r"policy p: .*has no unit"):
         policies.parse(f'[budget]\nsize = "{text}"\n[[rule]]\nroles = ["*"]\nbits = 4', "p")
 
 
