@@ -13,7 +13,7 @@ from typing import Any
 from ..fit import relative_error
 from ..plan import Entry, Plan
 from ..policy import Spec
-from . import file_bytes
+from ..shards import file_bytes
 
 PLAIN = "fast"  # the fit that is MLX's own
 
