@@ -15,10 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mlx_rotor"
 
-# Every folder may import those before it and no other; commands may import all.
+# Every folder may import those before it and no other; commands may import all. `fit` is array maths on weights, of
+# which each format in `experts` makes its own fit.
 ORDER = [
-    "kernels", "codec", "cache", "experts", "bundled", "models", "host", "memory", "quant", "quality", "calibration",
-    "bench", "diagnose", "server", "cli",
+    "kernels", "codec", "cache", "fit", "experts", "bundled", "models", "host", "memory", "quant", "quality",
+    "calibration", "bench", "diagnose", "server", "cli",
 ]  # fmt: skip
 TIERS = {folder: tier for tier, folder in enumerate(ORDER)}
 COMMAND = len(ORDER)

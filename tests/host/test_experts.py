@@ -1,6 +1,7 @@
 """Attaching fused experts: parity of whole models, what is left to mlx_lm and how that is said, and taking them off."""
 
 import copy
+import importlib
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,7 +14,6 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 import mlx_rotor
 import zoo
 from expert_models import apart, expert_layers, logits, pack, pack_in
-from mlx_rotor import quantize
 from mlx_rotor.cli import command
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import expert_layers as fused_layers
@@ -23,6 +23,8 @@ from mlx_rotor.host.experts import attach_experts, detach_experts
 from mlx_rotor.host.versions import digest
 from mlx_rotor.models import routers
 from tiny_models import tiny
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": 8, "routed_scaling_factor": 1.7}
 MODELS = {
