@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..errors import RotorError
 from ..files import write_text
 from ..quality.card import percent, pm
@@ -162,14 +163,14 @@ def markdown(table: Table) -> str:
         f"- MB: weight files with headers. {m['machine']} ({m['device']}), mlx {m['mlx']}, mlx-lm {m['mlx_lm']},"
         f" mlx_rotor {m['mlx_rotor']}, Python {m['python']}, {m['date']}.",
     )
-    return "\n".join([*_divergences(table), "", *_everything(table), "", *notes]) + "\n"
+    return "\n".join([_divergences(table), "", _everything(table), "", *notes]) + "\n"
 
 
-def _divergences(table: Table) -> list[str]:
+def _divergences(table: Table) -> str:
     """A line for each policy and size, a column for each text and method."""
     methods = [m for m in METHODS if any(way.method == m for way in table.rows)]
     head = ["policy", "MB", "bits a weight", *(f"KL, {name}: {m}" for name in table.texts for m in methods)]
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    lines = []
     by_name: dict[str, dict[str, Row]] = {}
     for way, row in _ordered(table):
         by_name.setdefault(row.name, {})[way.method] = row
@@ -178,21 +179,21 @@ def _divergences(table: Table) -> list[str]:
         cells = [name, f"{first.nbytes / 1e6:.2f}", f"{first.bits_per_weight:.2f}"]
         for nth in range(len(table.texts)):
             cells += [pm(rows[m].quality[nth].divergence.mean) if m in rows else "" for m in methods]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.markdown(head, lines, padded=False)
 
 
-def _everything(table: Table) -> list[str]:
+def _everything(table: Table) -> str:
     names = list(table.texts)
     head = ["policy", "fit", "bytes"]
     head += [f"{what}, {name}" for name in names for what in ("KL", "same top-1", "perplexity")]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    lines = []
     for way, row in _ordered(table):
         cells = [row.name, way.method, f"{row.nbytes:,}"]
         for q in row.quality:
             cells += [pm(q.divergence.mean), percent(q.divergence.agreement), percent(q.change)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.markdown(head, lines, left=(0, 1), padded=False)
 
 
 def _ordered(table: Table) -> list[tuple[Way, Row]]:
