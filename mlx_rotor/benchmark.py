@@ -121,7 +121,8 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
     lengths = sorted({n for n in args.prompts if n})
     if any(n % args.chunk for n in lengths):
         raise RotorError(f"--prompts {','.join(map(str, args.prompts))}: must be multiples of --chunk {args.chunk}")
-    overheads = [o for b in cache_overhead.BACKENDS for o in cache_overhead.measure(schemes, b, args.tokens)]
+    measure = cache_overhead.measure_cache_overhead
+    overheads = [o for b in cache_overhead.BACKENDS for o in measure(schemes, b, args.tokens)]
     hits = [cache_memory.prefix_hit(s, args.tokens) for s in (None, *schemes)]
     if not args.json:
         _print_overhead(overheads)

@@ -110,11 +110,11 @@ def _kernels(a: argparse.Namespace) -> dict[str, Any]:
         with tqdm(kernel_speed.cells(), unit="length", dynamic_ncols=True) as bar:
             for scheme, heads, tokens in bar:
                 bar.set_description(f"{scheme}, {heads} heads, {tokens} tokens")
-                timings.append(kernel_speed.measure(scheme, heads, tokens))
+                timings.append(kernel_speed.measure_attention(scheme, heads, tokens))
         with tqdm(expert_speed.cells(), unit="layer", dynamic_ncols=True) as layers:
             for model, triple in layers:
                 layers.set_description(f"experts of {model.name}")
-                expert_timings += expert_speed.measure(model, triple)
+                expert_timings += expert_speed.measure_experts(model, triple)
         expert_speed.record(expert_timings)
         if not a.json:
             _print_timings(timings)

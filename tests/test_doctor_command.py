@@ -45,11 +45,11 @@ def metal_backend(monkeypatch):
     monkeypatch.setattr(kernel_check, "Size", functools.partial(kernel_check.Size, encoded=40))
     # The simulator is a million times slower than what this times; its own test measures.
     monkeypatch.setattr(kernel_speed, "cells", lambda: [("turbo4v2", 32, 1024), ("turbo4v2", 32, 2048)])
-    monkeypatch.setattr(kernel_speed, "measure", timing)
+    monkeypatch.setattr(kernel_speed, "measure_attention", timing)
     monkeypatch.setattr(expert_check, "quick", lambda: EXPERTS)
     monkeypatch.setattr(expert_check, "Size", functools.partial(expert_check.Size, rows=32, columns=128))
     monkeypatch.setattr(expert_speed, "cells", lambda: [(expert_speed.MODELS[1], ())])
-    monkeypatch.setattr(expert_speed, "measure", expert_timings)
+    monkeypatch.setattr(expert_speed, "measure_experts", expert_timings)
     metal.use_maker(metal_sim.Kernel)
     yield metal.use_maker
     metal.use_maker(None)

@@ -90,7 +90,7 @@ def cells() -> list[tuple[Dims, Triple]]:
     return [(model, triple) for model in MODELS for triple in TRIPLES if _fits(model, triple)]
 
 
-def measure(model: Dims, triple: Triple, room: int | None = None) -> list[ExpertTiming]:
+def measure_experts(model: Dims, triple: Triple, room: int | None = None) -> list[ExpertTiming]:
     """A timing for each number of ROWS; `room` in bytes, None: what MLX may take here. A kernel that does not run is a
     timing that says so. Graphs are built before the clock starts."""
     room = memory() if room is None else room

@@ -64,7 +64,7 @@ def cells(
     return [(scheme, heads, tokens) for scheme in schemes for heads in query_heads for tokens in lengths]
 
 
-def measure(scheme: str, query_heads: int, tokens: int, room: int | None = None) -> Timing:
+def measure_attention(scheme: str, query_heads: int, tokens: int, room: int | None = None) -> Timing:
     """One line; `room` in bytes, None: `memory()`. A kernel that does not run is a line that says so.
 
     Graphs are built before the clock starts: generating, that happens while the GPU works on the token before.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_rotor.diagnose import expert_speed, kernel_speed
-from mlx_rotor.diagnose.expert_speed import Dims, ExpertTiming, cells, measure, record, stock_layer
+from mlx_rotor.diagnose.expert_speed import Dims, ExpertTiming, cells, measure_experts, record, stock_layer
 from mlx_rotor.experts.fused import FusedExperts
 from mlx_rotor.kernels import check_results
 
@@ -44,7 +44,7 @@ def test_both_compute_the_same(triple):
 
 def test_every_number_of_rows_is_timed_with_medians(monkeypatch):
     monkeypatch.setattr(kernel_speed, "SECONDS", 1e9)
-    timings = measure(SMALL, AFFINE)
+    timings = measure_experts(SMALL, AFFINE)
     assert [t.rows for t in timings] == [1, 2, 4, 8]
     for t in timings:
         assert t.key == KEY and t.skipped == "" and t.stock_ms > 0 and t.fused_ms > 0
@@ -60,7 +60,7 @@ def test_the_time_is_the_median_of_one_layer(monkeypatch):
 
 def test_what_does_not_fit_is_skipped_and_says_what_it_needs():
     large = Dims("large", 4096, 4096, 300, 2)
-    timings = measure(large, AFFINE, room=2 * 10**9)
+    timings = measure_experts(large, AFFINE, room=2 * 10**9)
     assert [t.skipped for t in timings] == ["needs 8.9 GB, 2.0 GB free"] * 4
     assert all(t.key == KEY.replace("256x512", "4096x4096") and t.ratio is None for t in timings)
 
@@ -70,7 +70,7 @@ def test_a_kernel_that_does_not_run_is_a_timing_that_says_so(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(FusedExperts, "weighted", broken)
-    assert {t.skipped for t in measure(SMALL, AFFINE)} == {"RuntimeError: no such kernel"}
+    assert {t.skipped for t in measure_experts(SMALL, AFFINE)} == {"RuntimeError: no such kernel"}
 
 
 def test_auto_is_told_where_stock_won():
