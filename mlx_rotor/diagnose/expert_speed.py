@@ -20,7 +20,7 @@ from ..host.skeleton import skeleton
 from ..kernels import check_results
 from ..kernels.check_results import ROWS
 from ..kernels.spec import PackedWeight
-from .kernel_speed import SHARE, bounded, memory
+from .timing import SHARE, memory, repeated
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _milliseconds(model: Dims, rows: int, run: Callable[[mx.array, mx.array, mx.
 
     for _ in range(WARM_UP):
         once()
-    return 1e3 * statistics.median(bounded(once)) / CHAIN
+    return 1e3 * statistics.median(repeated(once)) / CHAIN
 
 
 def _packed(spec: tuple[str, int, int], experts: int, rows: int, columns: int) -> PackedWeight:

@@ -4,15 +4,15 @@ import mlx.core as mx
 import pytest
 
 from mlx_rotor import kernels
-from mlx_rotor.diagnose import kernel_speed
-from mlx_rotor.diagnose.kernel_speed import DIM, KV_HEADS, cells, measure_attention
+from mlx_rotor.diagnose import attention_speed, timing
+from mlx_rotor.diagnose.attention_speed import DIM, KV_HEADS, cells, measure_attention
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(kernel_speed, "CHAIN", 2)
-    monkeypatch.setattr(kernel_speed, "REPEATS", 3)
-    monkeypatch.setattr(kernel_speed, "WARM_UP", 1)
+    monkeypatch.setattr(attention_speed, "CHAIN", 2)
+    monkeypatch.setattr(timing, "REPEATS", 3)
+    monkeypatch.setattr(attention_speed, "WARM_UP", 1)
 
 
 def test_both_attend_to_as_many_tokens(monkeypatch):
@@ -56,9 +56,9 @@ def test_a_kernel_that_does_not_run_is_a_line_that_says_so(monkeypatch):
 
 def test_small_sizes_read_more_than_a_cache_holds(monkeypatch):
     made = []
-    exact = kernel_speed._exact
-    monkeypatch.setattr(kernel_speed, "_exact", lambda tokens: made.append(tokens) or exact(tokens))
-    monkeypatch.setattr(kernel_speed, "COLD_BYTES", 4 * KV_HEADS * DIM * 200)
+    exact = attention_speed._exact
+    monkeypatch.setattr(attention_speed, "_exact", lambda tokens: made.append(tokens) or exact(tokens))
+    monkeypatch.setattr(attention_speed, "COLD_BYTES", 4 * KV_HEADS * DIM * 200)
     measure_attention("turbo4v2", 8, 200)
     assert made.count(200) == 2
     made.clear()
@@ -72,4 +72,4 @@ def test_every_line_that_is_promised():
     assert {(scheme, heads) for scheme, heads, _ in lines} == {
         (s, h) for s in ("turbo4v2", "trellis3") for h in (32, 48)
     }
-    assert kernel_speed.memory() > 0
+    assert timing.memory() > 0
