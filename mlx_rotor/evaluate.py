@@ -191,7 +191,7 @@ def _calibrate(a: argparse.Namespace) -> int:
 
 def _measured(a: argparse.Namespace) -> Report:
     text = read_text("--text", a.text) if a.text else None
-    from .quality.compare import compare
+    from .api import evaluate
     from .quality.sample import QUICK, THOROUGH
 
     size = (THOROUGH if a.thorough else QUICK).with_(
@@ -206,7 +206,7 @@ def _measured(a: argparse.Namespace) -> Report:
         seed=a.seed,
     )
     parts = {"sinks": a.kv_sinks, "ring": a.kv_ring, "protect_layers": a.kv_protect_layers}
-    return compare(
+    return evaluate(
         a.model or ["bundled"],
         a.kv or [EXACT, DEFAULT],
         against=a.against,

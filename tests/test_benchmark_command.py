@@ -1,4 +1,4 @@
-"""`python -m mlx_rotor.benchmark codecs` and `cache` as a user runs them; `kernels` is tested with the simulator."""
+"""`python -m mlx_rotor.benchmark codecs` and `cache` as a user runs them."""
 
 import json
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from mlx_rotor import benchmark, codec
-from mlx_rotor.bench import fits
+from mlx_rotor.bench import expert_overhead, fits
 from mlx_rotor.cli.command import run
 
 
@@ -44,6 +44,15 @@ def test_cache_as_json_without_a_model(capsys):
     assert [(r["scheme"], r["backend"]) for r in data["overhead"]] == [("turbo2", "reference"), ("turbo2", "metal")]
     assert [r["kv"] for r in data["prefix_hit"]] == ["exact", "turbo2"] and data["prefill"] == []
     assert {"ratio", "ratio_a_node", "launches"} <= set(data["overhead"][0])
+
+
+def test_experts(capsys, monkeypatch):
+    monkeypatch.setattr(expert_overhead, "measure", partial(expert_overhead.measure, rounds=3))
+    assert run(benchmark.main, ["experts", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["overhead"]
+    assert [row["what"] for row in rows] == ["minimax's experts", "phimoe's experts", "a q8 matrix"]
+    assert run(benchmark.main, ["experts"]) == 0
+    assert "graph of a token" in capsys.readouterr().out
 
 
 def test_weight_fits(capsys, monkeypatch):
@@ -89,7 +98,6 @@ def test_mistakes_are_one_line(arguments, says, capsys):
         (["cache", "--prompts", "128,many"], "argument --prompts: 'many' is no whole number from 0"),
         (["cache", "--chunk", "0"], "argument --chunk: '0' is no whole number from 1"),
         (["cache", "--tokens", "0"], "argument --tokens: '0' is no whole number from 1"),
-        (["kernels", "--tokens", "4096,x"], "argument --tokens: 'x' is no whole number from 1"),
     ],
 )
 def test_numbers_that_are_none_name_their_flag(arguments, says, capsys):

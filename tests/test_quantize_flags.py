@@ -1,5 +1,6 @@
 """`mlx_rotor quantize`: what each flag does, and that none is ignored."""
 
+import importlib
 import json
 import re
 import shutil
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 import small_checkpoint
-from mlx_rotor import quantize
 from mlx_rotor.cli import command, quantize_flags
 from mlx_rotor.quant.job import start
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 ROOT = Path(__file__).parents[1]
 M27 = ROOT / "examples" / "minimax_m27"
@@ -232,7 +234,10 @@ def test_killed_and_resumed_with_all_there_is_the_files_are_the_same(small, tmp_
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = [*("--model", small, "--target-bpw", 5, "--fold", "all", "--shard-size", "100KB"), "--calibration", text]
     flags = [str(flag) for flag in (*flags, *SHORT)]
-    run_it = "import mlx.core as mx; mx.set_default_device(mx.cpu); from mlx_rotor import quantize as q; q.main()"
+    run_it = (
+        "import importlib, mlx.core as mx; mx.set_default_device(mx.cpu);"
+        "importlib.import_module('mlx_rotor.quantize').main()"
+    )
     job = subprocess.Popen(
         [sys.executable, "-c", run_it, *flags, "--out", out, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

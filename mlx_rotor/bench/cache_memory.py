@@ -13,9 +13,9 @@ import mlx.core as mx
 from ..cache import EXACT, RotorCache, Scheme
 from ..errors import RotorError
 from ..host import make_prompt_cache
+from ..host.attachment import layer_cache
 from ..host.report import kv_bytes
 from ..quality.model import chunks, dtype_of
-from .cache_overhead import new_cache
 
 KV_HEADS, DIM = 8, 128
 APPENDED = 64
@@ -106,7 +106,7 @@ class PrefixHit:
 
 def prefix_hit(scheme: Scheme | None, tokens: int) -> PrefixHit:
     """Measures a copy under `scheme`, or of the stock cache for None."""
-    cache = new_cache(scheme)
+    cache = layer_cache(scheme)
     for i in range(0, tokens, 512):
         x = _random(min(512, tokens - i), i)
         _append(cache, x)

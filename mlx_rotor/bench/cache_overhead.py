@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..cache import RotorCache, Scheme
+from ..cache import Scheme
 from ..host import attention
-from ..host.attachment import stock_cache
+from ..host.attachment import layer_cache
 from ..kernels import metal
 
 HEADS, KV_HEADS, DIM = 8, 2, 128
@@ -93,13 +92,6 @@ def launching(backend: str) -> Iterator[list[int]]:
             os.environ["MLX_ROTOR_BACKEND"] = before
 
 
-def new_cache(scheme: Scheme | None) -> Any:
-    """One layer's cache, the stock one for None."""
-    if scheme is None:
-        return stock_cache(SimpleNamespace(layers=[None]))[0]
-    return RotorCache(scheme.k, scheme.v, scheme.sinks, scheme.ring, scheme.block)
-
-
 def nodes(out: mx.array) -> int:
     """Operations behind a lazy array."""
     text = io.StringIO()
@@ -116,7 +108,7 @@ class _Lane:
     """
 
     def __init__(self, scheme: Scheme | None, tokens: int, rows: dict[str, mx.array], attended: bool) -> None:
-        self.cache, self.rows, self.attended = new_cache(scheme), rows, attended
+        self.cache, self.rows, self.attended = layer_cache(scheme), rows, attended
         self.seconds: list[float] = []
         self.nodes: list[int] = []
         past = mx.random.normal((1, KV_HEADS, tokens, DIM), key=mx.random.key(1)).astype(rows["k"].dtype)

@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..bench.cache_overhead import new_cache
 from ..cache import RotorCache
 from ..cache.scheme_file import Sidecar, whole_bits
 from ..errors import RotorError
+from ..host.attachment import layer_cache
 from ..quality.footprint import packed_side
 from ..quality.metrics import token_kl
 from ..quality.model import Cache, Subject, chunks, log_probabilities
@@ -38,7 +38,7 @@ class OneSide:
     """
 
     def __init__(self, k: str, v: str, side: str, centre: bool, window: int | None) -> None:
-        self.exact, self.packed = new_cache(None), RotorCache(k, v, 0, 0, BLOCK, centre=centre)
+        self.exact, self.packed = layer_cache(None), RotorCache(k, v, 0, 0, BLOCK, centre=centre)
         self.side, self.window = side, window
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

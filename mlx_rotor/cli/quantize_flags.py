@@ -12,17 +12,14 @@ from ..errors import RotorError
 from ..memory import room
 from ..memory.room import Room
 from ..quant import policy as policies
+from ..quant import request
 from ..quant.fit import FITS
 from ..quant.job import SHARD_BYTES
-from ..quant.plan import read_config
 from ..quant.recipe import BUNDLED, FOLDS, Recipe
-from ..quant.source import locate
-from ..quant.spec import Budget, parse_size
+from ..quant.spec import parse_size
 from .arguments import Parser, parsed, positive, with_unit
 
 BASELINES = ("config-i", "jang-k")
-LISTED, SOLVED = "config-i", "rotor"  # policies without and with a target
-CONTEXT = 32 * 1024
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,36 +189,24 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
     Raises:
         RotorError: flags that contradict each other or would do nothing.
     """
-    if sum(value is not None for value in (args.target_size, args.target_bpw, args.memory)) > 1:
-        raise RotorError("--target-size, --target-bpw and --memory each set the size: give one of them")
-    if (args.context or args.kv or args.wired_limit) and args.memory is None:
-        raise RotorError("--context, --kv and --wired-limit go with a Mac's memory: add --memory 128GB")
-    budget = found = None
-    if args.target_size is not None:
-        budget = Budget(nbytes=args.target_size)
-    elif args.target_bpw is not None:
-        budget = Budget(bits_per_weight=args.target_bpw)
-    elif args.memory is not None:
-        config = read_config(locate(args.model, config_only=True))
-        kv = scheme.parse(args.kv or scheme.DEFAULT)
-        found = room.room(config, args.memory, args.context or CONTEXT, kv, limit=args.wired_limit)
-        budget = Budget(nbytes=found.weights)
-    policy = policies.load(args.policy or (SOLVED if budget else LISTED))
-    return (
-        Recipe(
-            policy=policy,
-            fit=args.fit,
-            budget=budget,
-            sensitivities=args.sensitivities,
-            calibration=args.calibration,
-            sequences=args.calibration_sequences,
-            length=args.calibration_length,
-            imatrix=args.imatrix,
-            folds=() if args.fold == ("none",) else args.fold,
-            rescale=args.rescale_overflows,
-            shard_bytes=args.shard_size,
-        ),
-        found,
+    return request.recipe(
+        args.model,
+        args.policy,
+        target_size=args.target_size,
+        target_bpw=args.target_bpw,
+        memory=args.memory,
+        context=args.context,
+        kv=args.kv,
+        wired_limit=args.wired_limit,
+        fit=args.fit,
+        sensitivities=args.sensitivities,
+        calibration=args.calibration,
+        sequences=args.calibration_sequences,
+        length=args.calibration_length,
+        imatrix=args.imatrix,
+        folds=() if args.fold == ("none",) else args.fold,
+        rescale=args.rescale_overflows,
+        shard_bytes=args.shard_size,
     )
 
 

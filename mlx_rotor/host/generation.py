@@ -120,7 +120,8 @@ class Stats:
                 f"Layers: {len(layers.compressed)} of {layers.total} ready to compress, {counts}",
             ]
         return [
-            f"{line}; the same tokens in fp16: {fp16 / 1e6:.3f} MB" + (f" ({fp16 / held:.2f}x)" if layers.compressed else ""),
+            f"{line}; the same tokens in fp16: {fp16 / 1e6:.3f} MB"
+            + (f" ({fp16 / held:.2f}x)" if layers.compressed else ""),
             f"Layers: {len(layers.compressed)} of {layers.total} compressed, {counts}; attention calls: "
             f"{layers.fused_calls} on packed tokens, {layers.fallback_calls} on expanded ones",
         ]

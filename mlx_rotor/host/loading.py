@@ -69,10 +69,20 @@ def explained(target: str) -> Iterator[None]:
 
 
 def load(path: str | Path | None = None, **kwargs: Any) -> tuple[Any, ...]:
-    """(model, tokenizer), as `mlx_lm.load`, whose keyword arguments it takes. None loads the bundled model.
+    """Loads a model as `mlx_lm.load` does; on a CPU in float32, which it computes fastest.
+
+    Args:
+        path: a model's folder or Hugging Face repository; None is the bundled model.
+        kwargs: keyword arguments of `mlx_lm.load`, such as `adapter_path`.
+
+    Returns:
+        (model, tokenizer), with `return_config=True` (model, tokenizer, config).
 
     Raises:
         RotorError: no model there, or one mlx_lm can't read; the cause is named.
+
+    Example:
+        >>> model, tokenizer = mlx_rotor.load()
     """
     versions.check()
     target = located(path)

@@ -14,7 +14,6 @@ from ..cache import DEFAULT
 from ..errors import RotorError
 from ..experts import formats
 from ..files import write_json, write_text
-from ..quant.fit.lloyd import NOTE
 from ..quant.job.manifest import PROVENANCE
 from ..quant.source import is_repository
 from .evaluation import Evaluation, Row
@@ -115,7 +114,7 @@ class Card:
             how = f"with calibration ({facts})"
         errors = {role: e for role, e in self.made["relative_error"].items() if e}
         said = ", ".join(f"{role} {e:.2%}" for role, e in errors.items())
-        note = f" ({NOTE})" if "lloyd" in self._formats else ""
+        note = "".join(f" ({note})" for mode in self._formats if (note := formats.kind(mode).note))
         tail = f"\n\n|w − stored| / |w| by role: {said}{note}." if said else ""
         return f"## How it was fitted\n\nFit `{self.made['fit']}`, {how}.{tail}"
 

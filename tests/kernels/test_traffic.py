@@ -1,15 +1,11 @@
 """What decode attention moves, against the bytes that must move, and MLX's own attention in the same harness."""
 
-import json
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kernel_cases import needs_simulator
-from metal_sim import tools
-from mlx_rotor import RotorError, benchmark
-from mlx_rotor.bench import kernel_traffic as traffic
+from metal_sim.bench import kernel_traffic as traffic
 from mlx_rotor.kernels import metal
 
 pytestmark = needs_simulator
@@ -71,46 +67,3 @@ def test_a_kernel_that_reads_twice_is_seen():
         )
     assert tally.moved == 3 * 256
     assert tally.line_use < 1
-
-
-def test_the_command(capsys):
-    small = ["--tokens", "256", "--heads", "8", "--part", "attention"]
-    assert benchmark.main(["kernels", "--schemes", "turbo4v2", *small, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["kernel"] for row in rows} == {"decode", "sdpa_vector", "encode"}
-    ours = next(row for row in rows if row["kernel"] == "decode")
-    assert ours["codec"] == "turbo4/turbo2" and ours["tokens"] == 256
-    assert ours["bytes_ratio"] == pytest.approx(ours["moved"] / ours["needed"])
-    assert 0 < ours["line_use"] <= 1 and all(t > 0 for t in ours["predicted"].values())
-    # One query head a KV head: an FMA for its score, one for its output, and those of two levels.
-    assert 4 < ours["operations"]["fma"] < 8
-    assert benchmark.main(["kernels", "--schemes", "trellis3", *small]) == 0
-    printed = capsys.readouterr().out
-    assert "No measurement" in printed and "threadgroup" in printed
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (["--heads", "12"], "multiple of 8"),
-        (["--schemes", "exact"], "nothing is packed"),
-    ],
-)
-def test_wrong_arguments(argv, says):
-    with pytest.raises(RotorError, match=says):
-        benchmark.main(["kernels", *argv])
-
-
-def test_without_a_source_tree_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(traffic, "TESTS", tmp_path)
-    with pytest.raises(RotorError, match="clone the repository"):
-        benchmark.main(["kernels"])
-
-
-def test_without_a_compiler_it_says_what_to_install(monkeypatch):
-    def missing():
-        raise tools.ToolsMissing("pip install ziglang")
-
-    monkeypatch.setattr(tools, "clang", missing)
-    with pytest.raises(RotorError, match="pip install ziglang"):
-        benchmark.main(["kernels"])

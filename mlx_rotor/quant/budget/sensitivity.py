@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import RotorError
 from ...files import write_json
-from ..fit.gaussian import relative_error
+from ..fit import relative_error
 from ..plan import Plan
 from ..policy import BITS, GROUP_SIZES, Spec
 

@@ -10,8 +10,8 @@ import pytest
 
 from expert_cases import normal, weights
 from kernel_cases import needs_simulator
-from mlx_rotor.bench.kernel_traffic import Tally, counted
-from mlx_rotor.bench.throughput import DEVICES, predict
+from metal_sim.bench.kernel_traffic import Tally, counted
+from metal_sim.bench.throughput import DEVICES, predict
 from mlx_rotor.kernels.experts.few_rows import down_metal, gate_up_metal, matvec
 
 pytestmark = needs_simulator

@@ -6,8 +6,8 @@ import pytest
 
 from kernel_cases import Options, distance, needs_simulator, running
 from metal_sim import Buffer, bits, from_bits, mlx_source, run_file
-from mlx_rotor.bench.kernel_traffic import Tally, counted
-from mlx_rotor.bench.throughput import cycles
+from metal_sim.bench.kernel_traffic import Tally, counted
+from metal_sim.bench.throughput import cycles
 from mlx_rotor.kernels.experts import reference, tiles
 from tile_cases import experts_of, packed, rows_of
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import RotorError
+from mlx_rotor.errors import RotorError
 
 LANES = 128  # of a core: four schedulers, each an instruction of a 32-lane simdgroup a cycle
 

@@ -18,15 +18,28 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import bundled
-from ..diagnose.expert_speed import AFFINE_2_3, AFFINE_4, DEMO, IQ4_NL, LLOYD_2_3, LLOYD_3_4, MINIMAX, Dims, Triple
-from ..experts import formats
-from ..experts.formats import Format
-from ..kernels.check_results import format_id
-from ..kernels.experts.few_rows import down_metal, gate_up_metal
-from ..kernels.experts.routing import Routing, route_metal
-from ..kernels.spec import PackedWeight
-from .kernel_traffic import Tally, counted, simulator
+from mlx_rotor import bundled
+from mlx_rotor.diagnose.expert_speed import (
+    AFFINE_2_3,
+    AFFINE_4,
+    DEMO,
+    IQ4_NL,
+    LLOYD_2_3,
+    LLOYD_3_4,
+    MINIMAX,
+    Dims,
+    Triple,
+)
+from mlx_rotor.experts import formats
+from mlx_rotor.experts.formats import Format
+from mlx_rotor.host.skeleton import skeleton
+from mlx_rotor.kernels.check_results import format_id
+from mlx_rotor.kernels.experts.few_rows import down_metal, gate_up_metal
+from mlx_rotor.kernels.experts.routing import Routing, route_metal
+from mlx_rotor.kernels.spec import PackedWeight
+
+from .. import Buffer, Options, mlx_source, run_file
+from .kernel_traffic import Tally, counted
 from .throughput import DEVICES, predict
 
 # Operations of MLX that only look at an array otherwise: they launch nothing.
@@ -164,8 +177,6 @@ def stock(dims: Dims, triple: Triple, run: int = 2, model: bool = True) -> Exper
 def stock_launches() -> Counter[str]:
     """Operation -> how many of it mlx_lm's MiniMax block makes of a token behind its router's matrix, as MLX's graph
     names them, without views, which launch nothing. Copies that MLX makes of arrays in other layouts are not seen."""
-    from ..host.skeleton import skeleton
-
     config = json.loads((bundled.MODEL / "config.json").read_text())
     config.pop("quantization_config", None)
     block = skeleton(config).layers[0].block_sparse_moe
@@ -230,17 +241,16 @@ def _without_model(row: ExpertRow) -> ExpertRow:
 
 def _gather_qmv(weight: PackedWeight, x: np.ndarray, run: int, mode: str) -> tuple[Any, list[str]]:
     """The report of one launch, and which buffers are constants."""
-    sim = simulator()
     codes, scales, biases = (np.array(part) for part in weight.parts)
     rows, columns = weight.rows, weight.columns
 
     def given(name: str, value: np.ndarray) -> Any:
-        return sim.Buffer(name, np.ascontiguousarray(value))
+        return Buffer(name, np.ascontiguousarray(value))
 
     def strides(a: np.ndarray) -> np.ndarray:
         return np.array([s // a.itemsize for s in a.strides], np.int64)
 
-    out = sim.Buffer("y", np.zeros((run, rows), np.float16), writable=True, written=False)
+    out = Buffer("y", np.zeros((run, rows), np.float16), writable=True, written=False)
     which = np.arange(run, dtype=np.uint32)
     lhs = which if x.shape[0] == run else np.zeros(run, np.uint32)
     arrays = {"w": codes, "scales": scales, "biases": biases, "x": x, "lhs": lhs, "rhs": which}
@@ -252,14 +262,14 @@ def _gather_qmv(weight: PackedWeight, x: np.ndarray, run: int, mode: str) -> tup
         "b_steps": strides(biases), "ndim": one, "dims": np.array([run], np.int32), "l_steps": step, "r_steps": step,
     }  # fmt: skip
     scalars = {**ones, **about}
-    _, report = sim.run_file(
-        sim.mlx_source("quantized.h"),
+    _, report = run_file(
+        mlx_source("quantized.h"),
         "affine_gather_qmv_fast",
         ["half", str(weight.format.group_size), str(weight.format.bits), "false"],
         [*(given(*item) for item in arrays.items()), out, *(given(*item) for item in scalars.items())],
         (32, rows // 4, run),
         (32, 2, 1),
         before=QUANTIZED,
-        options=sim.Options(mode=mode, timeout=3600.0),
+        options=Options(mode=mode, timeout=3600.0),
     )
     return report, [*scalars, "lhs", "rhs"]

@@ -1,4 +1,4 @@
-"""What the attention kernels move and do, counted in the Metal simulator of the source tree, MLX's own beside them.
+"""What the attention kernels move and do, counted in the Metal simulator, MLX's own beside them.
 
 Bytes are those that lanes load and store in device memory, every access counted: a byte read twice counts twice.
 Constant memory (shapes, strides, scalars, arrays of fewer than eight elements) is left out: a compiler reads it once.
@@ -6,26 +6,23 @@ Constant memory (shapes, strides, scalars, arrays of fewer than eight elements) 
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .. import codec
-from ..errors import RotorError
-from ..kernels import PackedSegment, PackedSide, metal
-from ..kernels.attention import attend_metal
-from ..kernels.packing import encode_metal
+from mlx_rotor import codec
+from mlx_rotor.kernels import PackedSegment, PackedSide, metal
+from mlx_rotor.kernels.attention import attend_metal
+from mlx_rotor.kernels.packing import encode_metal
+
+from .. import Buffer, Kernel, Options, mlx_source, run_file
 from .throughput import DEVICES, predict
 
-TESTS = Path(__file__).resolve().parents[2] / "tests"
 CONSTANT = ("_shape", "_strides", "_ndim")
 DIM, KV_HEADS = 128, 8
 
@@ -57,27 +54,6 @@ class Row:
 
     def facts(self) -> dict[str, Any]:
         return asdict(self) | {"bytes_ratio": self.bytes_ratio}
-
-
-def simulator() -> Any:
-    """The simulator's package. Raises RotorError without a source tree, an x86-64 Linux or a compiler to run it."""
-    if not (TESTS / "metal_sim").is_dir():
-        raise RotorError(
-            "kernels are counted in the simulator of the source tree: clone the repository, install it with "
-            'pip install -e ".[cpu,test]" and run this there'
-        )
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
-    package = importlib.import_module("metal_sim")
-    if not package.SUPPORTED:
-        raise RotorError(
-            f"the simulator can't run here: {package.UNSUPPORTED}; `mlx_rotor doctor --kernels` times a Mac"
-        )
-    try:
-        importlib.import_module("metal_sim.tools").clang()
-    except package.ToolsMissing as missing:
-        raise RotorError(str(missing)) from None
-    return package
 
 
 @dataclass
@@ -113,13 +89,13 @@ class Tally:
 @contextmanager
 def counted(mode: str) -> Iterator[Tally]:
     """Inside, kernels run in the simulator, mode "count" or "arithmetic", and are added up."""
-    sim, tally = simulator(), Tally()
+    tally = Tally()
 
     def make(**text: Any) -> Callable[..., list[mx.array]]:
-        kernel = sim.Kernel(**text)
+        kernel = Kernel(**text)
 
         def call(**launch: Any) -> list[mx.array]:
-            result = kernel.run(**launch, options=sim.Options(mode=mode, timeout=3600.0))
+            result = kernel.run(**launch, options=Options(mode=mode, timeout=3600.0))
             sizes = zip(text["input_names"], launch["inputs"], strict=True)
             tally.add(result.report, [name for name, a in sizes if a.ndim == 0 or a.size < 8])
             tally.issued.update(result.report.issued)
@@ -197,7 +173,6 @@ def encode(name: str, tokens: int, *, kv_heads: int = KV_HEADS) -> Row:
 
 def stock(tokens: int, *, heads: int = 32, kv_heads: int = KV_HEADS, model: bool = True) -> Row:
     """MLX's own `sdpa_vector` over fp16 keys and values, unchanged, from the wheel."""
-    sim = simulator()
     rng = np.random.default_rng(0)
     q, k, v = (
         rng.standard_normal((1, h, n, DIM)).astype(np.float16)
@@ -209,20 +184,20 @@ def stock(tokens: int, *, heads: int = 32, kv_heads: int = KV_HEADS, model: bool
         "k_head": steps["head"], "k_row": steps["row"], "v_head": steps["head"], "v_row": steps["row"],
         "scale": np.array(DIM**-0.5, np.float32),
     }  # fmt: skip
-    out = sim.Buffer("out", np.zeros_like(q), writable=True, written=False)
-    buffers = [sim.Buffer("q", q), sim.Buffer("k", k), sim.Buffer("v", v), out]
-    buffers += [sim.Buffer(name, value) for name, value in scalars.items()]
+    out = Buffer("out", np.zeros_like(q), writable=True, written=False)
+    buffers = [Buffer("q", q), Buffer("k", k), Buffer("v", v), out]
+    buffers += [Buffer(name, value) for name, value in scalars.items()]
 
     def run(mode: str) -> Any:
-        return sim.run_file(
-            sim.mlx_source("sdpa_vector.h"),
+        return run_file(
+            mlx_source("sdpa_vector.h"),
             "sdpa_vector",
             ["half", str(DIM), str(DIM)],
             [*buffers, *[None] * 7],
             (1024 * heads, 1, 1),
             (1024, 1, 1),
             constants={"do_causal": False},
-            options=sim.Options(mode=mode, timeout=3600.0),
+            options=Options(mode=mode, timeout=3600.0),
         )[1]
 
     tally = Tally()

@@ -1,13 +1,10 @@
 """What experts move and launch at MiniMax's dimensions, against what must be moved, MLX's own kernel beside them."""
 
-import json
-
 import pytest
 
 import metal_sim
-from mlx_rotor import benchmark
-from mlx_rotor.bench import expert_traffic as traffic
-from mlx_rotor.bench.expert_traffic import TRIPLES, fused, stock, stock_launches
+from metal_sim.bench import expert_traffic as traffic
+from metal_sim.bench.expert_traffic import TRIPLES, fused, stock, stock_launches
 from mlx_rotor.diagnose.expert_speed import DEMO, MINIMAX, Dims
 
 pytestmark = pytest.mark.skipif(not metal_sim.SUPPORTED, reason=metal_sim.UNSUPPORTED)
@@ -51,22 +48,6 @@ def test_stock_launches_are_those_of_the_graph():
     assert counted["GatherQMM"] == 3 and counted["ArgPartition"] == counted["Sigmoid"] == counted["GatherAxis"] == 1
     assert counted["Matmul"] == 0, "the router's own"
     assert not set(counted) & traffic.VIEWS and sum(counted.values()) > 12
-
-
-def test_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(traffic, "TRIPLES", {SMALL: (MIXED, (("lloyd", 2, 64),) * 3)})
-    assert benchmark.main(["kernels", "--part", "experts", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert "rows" not in found and found["stock_launches"]["GatherQMM"] == 3
-    kernels = [(row["kernel"], row["weights"].partition("+")[0]) for row in found["experts"]]
-    names = ["gate_up", "down", "layer"]
-    assert kernels == [
-        *((name, "affine2:64") for name in [*names, "MLX gather_qmv"]),
-        *((name, "lloyd2:64") for name in names),
-    ]
-    assert benchmark.main(["kernels", "--part", "experts"]) == 0
-    printed = capsys.readouterr().out
-    assert "no measurement" in printed and "3 GatherQMM" in printed and "M4 Max µs" in printed
 
 
 def test_the_rows_that_are_promised():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from metal_sim.bench.throughput import ASSUMED, CYCLES, DEVICES, MEASURED, Device, cycles, predict, predicted_seconds
 from metal_sim.operations import KINDS
-from mlx_rotor.bench.throughput import ASSUMED, CYCLES, DEVICES, MEASURED, Device, cycles, predict, predicted_seconds
 from mlx_rotor.errors import RotorError
 
 ONE = Device("one core at 1 GHz, 128 GB/s", 1, 1.0, 128)  # 128 FMAs and 128 bytes a nanosecond
