@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from . import tables
 from .cli.arguments import Parser
 from .cli.command import check_writable, finishes, run
 from .errors import RotorError
@@ -139,7 +140,8 @@ def _print_machine(d: Diagnosis) -> None:
 
 def _print_findings(d: Diagnosis) -> None:
     print()
-    _table(["operation", "backend", "why"], [[o.name, o.backend, o.why] for o in d.operations])
+    rows = [[o.name, o.backend, o.why] for o in d.operations]
+    print(tables.markdown(["operation", "backend", "why"], rows, left=(0, 1, 2)))
     print()
     width = max(len(f.name) for f in d.findings)
     for f in d.findings:
@@ -156,7 +158,7 @@ def _print_checks(outcomes: Sequence[Outcome], every: int) -> None:
         share = [o.error / o.tolerance for o in mine if o.error is not None and o.tolerance]
         worst = f"{100 * max(share):.0f} %" if share else "none"
         rows.append([kind, f"{sum(o.passed for o in mine)}/{len(mine)}", worst])
-    _table(["kernel", "passed", "largest error, of what is allowed"], rows)
+    print(tables.markdown(["kernel", "passed", "largest error, of what is allowed"], rows))
     for o in outcomes:
         if not o.passed or o.note:
             error = "" if o.error is None else f", error {o.error:.2g} of {o.tolerance:.2g} allowed"
@@ -173,7 +175,7 @@ def _print_timings(timings: Sequence[Timing]) -> None:
             rows.append([*row, "skipped:", t.skipped, ""])
         else:
             rows.append([*row, f"{t.fp16_ms:.3f}", f"{t.ours_ms:.3f}", f"{t.ratio:.2f}"])
-    _table(["scheme", "query heads", "tokens", "fp16 ms", "ours ms", "fp16 / ours"], rows)
+    print(tables.markdown(["scheme", "query heads", "tokens", "fp16 ms", "ours ms", "fp16 / ours"], rows))
 
 
 def _print_experts(timings: Sequence[ExpertTiming]) -> None:
@@ -185,13 +187,7 @@ def _print_experts(timings: Sequence[ExpertTiming]) -> None:
             rows.append([*row, "skipped:", t.skipped, ""])
         else:
             rows.append([*row, f"{t.stock_ms:.3f}", f"{t.fused_ms:.3f}", f"{t.ratio:.2f}"])
-    _table(["model", "weights", "tokens", "stock ms", "fused ms", "stock / fused"], rows)
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]
-    for line in (titles, ["-" * w for w in widths], *rows):
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
+    print(tables.markdown(["model", "weights", "tokens", "stock ms", "fused ms", "stock / fused"], rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..errors import RotorError
 from ..files import write_text
 from ..quality.card import percent, pm
@@ -21,10 +22,12 @@ from ..quality.plot import SETTINGS, available
 from ..quality.record import LOOSE
 from ..quality.sample import Domain, Size
 from ..quality.streamed import Streamed
+from ..quant import Recipe, dry_run
 from ..quant import policy as policies
-from ..quant.budget import TooSmall, file_bytes
-from ..quant.job import dry_run
-from ..quant.recipe import BUNDLED, Recipe
+from ..quant.budget import TooSmall
+from ..quant.recipe import BUNDLED
+from ..quant.shards import file_bytes
+from ..quant.source import open_folder
 from ..quant.spec import Budget
 
 FORMAT, VERSION = "mlx_rotor weight quality", 1
@@ -53,7 +56,7 @@ class Way:
             recipe = replace(recipe, calibration=BUNDLED)
         if not self.size_of:
             return recipe
-        other, _ = dry_run(source, policies.load(self.size_of))
+        other, _ = dry_run(source, Recipe(policies.load(self.size_of)))
         recipe = replace(recipe, budget=Budget(nbytes=file_bytes(other, recipe.shard_bytes)))
         return replace(recipe, sensitivities=sensitivities) if self.method == CALIBRATED else recipe
 
@@ -134,7 +137,7 @@ def measure(
         for way in left:
             recipe = way.recipe(source, file.with_suffix(".sensitivities.json"))
             try:
-                plan, _ = dry_run(source, recipe.plan(source, progress))
+                plan = recipe.resolve(open_folder(source), progress)
             except TooSmall as e:
                 impossible.append(f"{way.name}, {way.method}: {e}")
                 row_done()
@@ -162,14 +165,14 @@ def markdown(table: Table) -> str:
         f"- MB: weight files with headers. {m['machine']} ({m['device']}), mlx {m['mlx']}, mlx-lm {m['mlx_lm']},"
         f" mlx_rotor {m['mlx_rotor']}, Python {m['python']}, {m['date']}.",
     )
-    return "\n".join([*_divergences(table), "", *_everything(table), "", *notes]) + "\n"
+    return "\n".join([_divergences(table), "", _everything(table), "", *notes]) + "\n"
 
 
-def _divergences(table: Table) -> list[str]:
+def _divergences(table: Table) -> str:
     """A line for each policy and size, a column for each text and method."""
     methods = [m for m in METHODS if any(way.method == m for way in table.rows)]
     head = ["policy", "MB", "bits a weight", *(f"KL, {name}: {m}" for name in table.texts for m in methods)]
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    lines = []
     by_name: dict[str, dict[str, Row]] = {}
     for way, row in _ordered(table):
         by_name.setdefault(row.name, {})[way.method] = row
@@ -178,21 +181,21 @@ def _divergences(table: Table) -> list[str]:
         cells = [name, f"{first.nbytes / 1e6:.2f}", f"{first.bits_per_weight:.2f}"]
         for nth in range(len(table.texts)):
             cells += [pm(rows[m].quality[nth].divergence.mean) if m in rows else "" for m in methods]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.markdown(head, lines, padded=False)
 
 
-def _everything(table: Table) -> list[str]:
+def _everything(table: Table) -> str:
     names = list(table.texts)
     head = ["policy", "fit", "bytes"]
     head += [f"{what}, {name}" for name in names for what in ("KL", "same top-1", "perplexity")]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    lines = []
     for way, row in _ordered(table):
         cells = [row.name, way.method, f"{row.nbytes:,}"]
         for q in row.quality:
             cells += [pm(q.divergence.mean), percent(q.divergence.agreement), percent(q.change)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.markdown(head, lines, left=(0, 1), padded=False)
 
 
 def _ordered(table: Table) -> list[tuple[Way, Row]]:

@@ -14,8 +14,8 @@ from ..memory.room import Room
 from ..quant import policy as policies
 from ..quant import request
 from ..quant.fit import FITS
-from ..quant.job import SHARD_BYTES
 from ..quant.recipe import BUNDLED, FOLDS, Recipe
+from ..quant.shards import SHARD_BYTES
 from ..quant.spec import parse_size
 from .arguments import Parser, parsed, positive, with_unit
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..cache import DEFAULT
 from ..errors import RotorError
 from ..experts import formats
@@ -296,9 +297,8 @@ def _figures(row: Row, names: Sequence[str]) -> list[str]:
 
 def _table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Markdown. The first row is the head; a table of pairs has an empty one. `numbers`: columns aligned right."""
-    rows = [("", ""), *rows] if len(rows[0]) == 2 else rows
-    rule = ["---:" if i in numbers else "---" for i in range(len(rows[0]))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    head, *rest = [("", ""), *rows] if len(rows[0]) == 2 else rows
+    return tables.markdown(head, rest, left=set(range(len(head))) - set(numbers), padded=False)
 
 
 def _solved(budget: Mapping[str, Any]) -> str:

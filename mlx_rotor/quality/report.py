@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .. import tables
 from . import greedy
 from .footprint import Footprint
 from .greedy import Greedy
@@ -156,11 +157,8 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    cells = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i > 1 else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    cells = [[show(row) for _, show in columns] for row in rows]
+    return tables.markdown([title for title, _ in columns], cells, left=(0, 1))
 
 
 def _estimate(e: Estimate | None, digits: int | None = None, percent: bool = False, sign: bool = False) -> str:

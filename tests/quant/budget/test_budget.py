@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import policy as policies
-from mlx_rotor.quant.budget import file_bytes, solve, worth
+from mlx_rotor.quant.budget import solve, worth
 from mlx_rotor.quant.budget.report import summarise, table
 from mlx_rotor.quant.budget.sensitivity import Sensitivities, fingerprint, prior
-from mlx_rotor.quant.job.stream import shards
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import GROUP_SIZES, Spec
 from mlx_rotor.quant.safetensors_io import ShardWriter, read_header
+from mlx_rotor.quant.shards import cut, file_bytes
 from mlx_rotor.quant.spec import Budget, parse_size, parse_table
 
 M27 = json.loads((Path(__file__).parents[3] / "examples" / "minimax_m27" / "config.json").read_text())
@@ -93,7 +93,7 @@ def last(options):
 
 def test_predicted_bytes_are_the_files(tmp_path):
     plan = solved(BUNDLED, 4_500_000)
-    for n, entries in enumerate(shards(plan, 1_000_000)):
+    for n, entries in enumerate(cut(plan, 1_000_000).values()):
         writer = ShardWriter(tmp_path / f"{n}.safetensors", [o for e in entries for o in e.outputs])
         for output in (o for e in entries for o in e.outputs):
             writer.write(output.name, 0, bytes(output.nbytes))
