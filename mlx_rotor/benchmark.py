@@ -104,7 +104,7 @@ def _print_codecs(
         "error; 4^-bits: the least any code of as many bits can have (Shannon), and how far above it the error is;\n"
         "scores: variance of a score's error over that of scores, where 4 channels are 6 times larger; biased: the\n"
         "same for 2048 keys of 128 after rotary positions, 4 slow channels of which have a constant of 25 standard\n"
-        "deviations; means: those with means taken off, as caches do."
+        "deviations; means: those with means subtracted, as caches do."
     )
     for name, why in left_out.items():
         print(f"{name} left out: {why}")

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kernels",
         action="store_true",
-        help="compile kernels on this GPU, check them against their twins, time attention against fp16 and experts "
+        help="compile kernels on this GPU, check each against its reference, time attention against fp16 and experts "
         "against mlx_lm's; a kernel that fails is refused from then on, and --experts auto leaves out what was slower",
     )
     p.add_argument(
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kernels(a: argparse.Namespace) -> dict[str, Any]:
-    """Checks, times, stores the verdicts on both."""
+    """Checks, times, stores the results of both."""
     from .diagnose import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
     from .kernels import check_results
 

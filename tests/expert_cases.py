@@ -43,7 +43,7 @@ def only(w: PackedWeight, chosen) -> PackedWeight:
 
 
 def matmul_off(x, w) -> float:
-    """How far the kernel is from the twin."""
+    """How far the kernel is from the reference."""
     return _off(matmul(x, w), lambda: reference.matmul(x.astype(mx.float32), w), x)
 
 

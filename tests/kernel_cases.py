@@ -12,7 +12,7 @@ import pytest
 
 from metal_sim import SUPPORTED, UNSUPPORTED, CompileError, Kernel, KernelError, Options, Report
 from mlx_rotor import codec
-from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal, reference
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, metal, reference
 from mlx_rotor.kernels.attention import attend_metal
 from mlx_rotor.kernels.packing import encode_reference
 from mlx_rotor.kernels.segments import spread
@@ -31,7 +31,7 @@ needs_simulator = pytest.mark.skipif(not SUPPORTED, reason=UNSUPPORTED)
 
 
 class Simulator:
-    """Makes kernels that run in the simulator with `options`. `objections` are what it found; `reports` all runs."""
+    """Makes kernels that run in the simulator with `options`. `objections` are what it found; `reports` all of them."""
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
@@ -81,8 +81,8 @@ def vectors(n, dim, *, batch=1, heads=2, dtype=mx.float32, seed=0):
 def packed_side(
     rng, name: str, dim: int, batch: int, heads: int, length: int, room: int = 0, span: int | None = None
 ) -> PackedSide:
-    """`length` random vectors, encoded by the twin, and tiles of rubbish behind them; with means where there is a span,
-    heads inside groups, and one more that nobody may read."""
+    """`length` random vectors, encoded by the reference, and tiles of rubbish behind them; with means where there is a
+    span, heads inside groups, and one more that nobody may read."""
     made, count, mean = codec.get(name, dim), max(length, 1), None
     x = normal(rng, batch, heads, count, dim)
     if span is not None:
@@ -103,53 +103,53 @@ def packed_side(
     return PackedSide(made, mx.contiguous(tiles), scale, mean, span or 0)
 
 
-def exact_run(rng, dtype, batch: int, heads: int, length: int, k_dim: int, v_dim: int) -> ExactRun | None:
+def exact_segment(rng, dtype, batch: int, heads: int, length: int, k_dim: int, v_dim: int) -> ExactSegment | None:
     """K as models give it, [B, L, H, D] seen as [B, H, L, D]; V the first tokens of a longer buffer."""
     if not length:
         return None
     k = normal(rng, batch, length, heads, k_dim).astype(dtype).swapaxes(1, 2)
-    return ExactRun(k, normal(rng, batch, heads, length + 5, v_dim).astype(dtype)[:, :, :length])
+    return ExactSegment(k, normal(rng, batch, heads, length + 5, v_dim).astype(dtype)[:, :, :length])
 
 
 def problem(
     pair=("turbo4", "turbo2"), dim=64, length=100, *, v_dim=None, batch=1, kv_heads=2, group=3, queries=1,
     first=4, recent=37, dtype=mx.float32, room=2, seed=0, span=None, centred=False,
 ):  # fmt: skip
-    """(q, [sinks, body, recent]) at random; absent runs are None. A body of several lengths is so many packed runs.
+    """(q, [sinks, body, recent]) at random; absent segments are None. Several lengths are so many packed segments.
     span: of K's means, None for no means; centred: V has one."""
     lengths = length if isinstance(length, tuple) else (length,)
     rng = np.random.default_rng([seed, dim, *lengths])
     v_dim = v_dim or dim
-    runs = [
-        exact_run(rng, dtype, batch, kv_heads, first, dim, v_dim),
+    segments = [
+        exact_segment(rng, dtype, batch, kv_heads, first, dim, v_dim),
         *(
-            PackedRun(
+            PackedSegment(
                 n,
                 packed_side(rng, pair[0], dim, batch, kv_heads, n, room, span),
                 packed_side(rng, pair[1], v_dim, batch, kv_heads, n, room, 0 if centred else None),
             )
             for n in lengths
         ),
-        exact_run(rng, dtype, batch, kv_heads, recent, dim, v_dim),
+        exact_segment(rng, dtype, batch, kv_heads, recent, dim, v_dim),
     ]
     q = normal(rng, batch, queries, kv_heads * group, dim).astype(dtype).swapaxes(1, 2)
-    return q, runs
+    return q, segments
 
 
-def attend_runs(q, runs, **how) -> mx.array:
-    """The kernels' attention over the runs of a `problem`."""
-    return attend_metal(q, runs[0], runs[1:-1], runs[-1], **how)
+def attend_segments(q, segments, **how) -> mx.array:
+    """The kernels' attention over the segments of a `problem`."""
+    return attend_metal(q, segments[0], segments[1:-1], segments[-1], AttentionArgs(**how))
 
 
-def attending(q, runs, **how) -> float:
-    """How far the kernels are from the twin, which computes in float32 from the same inputs."""
+def attending(q, segments, **how) -> float:
+    """How far the kernels are from the reference, which computes in float32 from the same inputs."""
     how = {"scale": q.shape[-1] ** -0.5, "mask": "causal", **how}
-    got = attend_runs(q, runs, **how)
+    got = attend_segments(q, segments, **how)
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
-        runs = [run for run in runs if run]
+        segments = [segment for segment in segments if segment]
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), runs, **how)
+        want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
     return distance(got, want)
 
 

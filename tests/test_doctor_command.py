@@ -27,7 +27,7 @@ simulated = pytest.mark.skipif(not metal_sim.SUPPORTED, reason=metal_sim.UNSUPPO
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """An empty current folder and folder of verdicts."""
+    """An empty current folder and folder of check results."""
     monkeypatch.setenv("MLX_ROTOR_CACHE", str(tmp_path / "kept"))
     monkeypatch.delenv("MLX_ROTOR_BACKEND", raising=False)
     (tmp_path / "here").mkdir()
@@ -224,11 +224,11 @@ def test_kernels_and_a_chosen_reference_exclude_each_other(capsys, monkeypatch):
     assert "MLX_ROTOR_BACKEND=reference leaves no kernel to check; unset it" in capsys.readouterr().err
 
 
-def test_a_spoilt_file_of_verdicts_is_known_before_the_checks(capsys, metal_backend):
+def test_a_spoilt_file_of_check_results_is_known_before_the_checks(capsys, metal_backend):
     check_results.path().parent.mkdir()
     check_results.path().write_text("spoilt")
     assert run(doctor.main, ["--kernels"]) == 1
-    assert "kernels.json is not a file of verdicts" in capsys.readouterr().err
+    assert "kernels.json is not a file of check results" in capsys.readouterr().err
 
 
 def test_help_from_the_shell():

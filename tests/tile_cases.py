@@ -1,4 +1,4 @@
-"""Random packed weights, and products with them in tiles against the twins."""
+"""Random packed weights, and products with them in tiles against the references."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def experts_of(counts) -> mx.array:
 
 
 def dense_off(x, w, block=None) -> float:
-    """How far the product is from its twin; `block`: rows that a threadgroup takes, None: as the launch chooses."""
+    """How far the product is from its reference; `block`: rows that a threadgroup takes, None: the launch's choice."""
     got = tiles.matmul_tiled(x, w) if block is None else tiles._launch(x, w, {}, len(x), block)
     assert got.dtype == x.dtype
     with mx.stream(mx.cpu):

@@ -1,4 +1,4 @@
-// Means that were taken off keys before they were encoded, put back without touching the tokens: a mean adds the same to all
+// Means that were subtracted from keys before they were encoded, put back without touching the tokens: a mean adds the same to all
 // scores of its group of tokens, which is whole tiles. What a mean of values adds, merge.h knows.
 
 #ifndef MLX_ROTOR_ATTENTION_MEANS_H

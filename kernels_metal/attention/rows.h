@@ -17,7 +17,7 @@
 #define MLX_ROTOR_BOOL_MASK 1
 #define MLX_ROTOR_ADDED_MASK 2
 
-// One batch row's tokens: sinks, then body, then recent ones. Where packed tokens are several runs, a launch's body is one of
+// One batch row's tokens: sinks, then body, then recent ones. Where packed tokens are several segments, a launch's body is one of
 // them, and those before and behind it are only counted. Slots count the room of all, in the same order: a mask's columns.
 struct Tokens {
   // before: tokens in front of the body; recent: behind it; kept: first tokens that are seen whatever the window.

@@ -1,4 +1,4 @@
-// What was taken off vectors before they were encoded: float16 rows of DIM in the codec's basis, or nothing.
+// What was subtracted from vectors before they were encoded: float16 rows of DIM in the codec's basis, or nothing.
 //
 // A row is the mean of `span` consecutive tokens, a multiple of the tile's 32: all tokens of a tile have the same one.
 // A span of 0 is one row for all.

@@ -90,7 +90,7 @@ class BiasedKeys:
     """Variance of the scores' error over tokens, by the scores' own, averaged over queries: 0 is exact.
 
     Attributes:
-        centred, plain: with and without the means taken off.
+        centred, plain: with and without the means subtracted.
     """
 
     codec: str

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RotorError
-from ..kernels import ExactRun
+from ..kernels import ExactSegment
 from .rotor import RotorCache
 from .view import KVView, Mask, Tokens, causal, causal_mask, views
 
@@ -38,7 +38,7 @@ class RaggedTokens:
 
     rows: Sequence[Row]
 
-    def attend(self, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None) -> mx.array:
+    def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
         """Attention of q [B, Hq, L, D], row by row; padding's queries give 0."""
         out: list[mx.array | None] = []
         new = q.shape[2]
@@ -46,7 +46,7 @@ class RaggedTokens:
             if row.tokens is None:
                 out.append(None)
                 continue
-            own = row.tokens.attend(q[i : i + 1, :, : row.real], scale, self._own(mask, i, row), sinks)
+            own = row.tokens.attend(q[i : i + 1, :, : row.real], scale, self._own(mask, i, row), sink_logits)
             out.append(own if row.real == new else mx.pad(own, [(0, 0), (0, 0), (0, new - row.real), (0, 0)]))
         like = next(o for o in out if o is not None)  # a step brings at least one row a token
         return mx.concatenate([mx.zeros_like(like) if o is None else o for o in out])
@@ -108,13 +108,14 @@ class RaggedBatch:
     def keys_and_values(self) -> tuple[KVView, KVView]:
         """The last update's tokens once more, for layers that share them."""
         stored = [
-            (row.body.length, row.recent.run()) if n else None for row, n in zip(self.rows, self._step[2], strict=True)
+            (row.body.length, row.recent.segment()) if n else None
+            for row, n in zip(self.rows, self._step[2], strict=True)
         ]
         recent = next(at[1] for at in stored if at is not None)
         return self._views(stored, recent.k[:, :, :0], recent.v[:, :, :0])
 
     def _views(
-        self, stored: Sequence[tuple[int, ExactRun] | None], none_k: mx.array, none_v: mx.array
+        self, stored: Sequence[tuple[int, ExactSegment] | None], none_k: mx.array, none_v: mx.array
     ) -> tuple[KVView, KVView]:
         """Views of what is stored after a step. none_k, none_v: [1, H, 0, D]."""
         past, new, real = self._step
@@ -211,3 +212,6 @@ class RaggedBatch:
     @keys.setter
     def keys(self, value: mx.array) -> None:
         self.rows[0].keys = value
+
+
+RotorCache.batch = RaggedBatch

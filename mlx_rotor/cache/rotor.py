@@ -1,35 +1,78 @@
-"""RotorCache: one layer's KV cache in mlx_lm's cache protocol. First tokens and recent tokens exact, the body packed.
+"""RotorCache: one layer's KV cache in mlx_lm's cache protocol. Sink and recent tokens are exact, the body is packed.
 
-Holds arrays, numbers and names only, so that it can be copied, saved and handed to another thread. Knows no model.
+A key's way: `update_and_fetch` -> `append` -> the ring -> `_pack` -> `Body.append` -> `kernels.encode`; then `fetch` ->
+`view.views`, a lazy array whose `Tokens.attend` calls `kernels.attend`. A cache holds arrays, numbers and codecs, which
+are constants: it can be copied, saved and handed to another thread.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from ..errors import RotorError
-from ..kernels import ExactRun, StoredRun
+from ..kernels import ExactSegment, Segment
 from . import saved
-from .body import SPAN, Body, Ring
+from .body import SPAN, Body, grown
 from .view import Counts, KVView, Mask, Tokens, causal, causal_mask, expanded, views
 
 
+@dataclass
+class Ring:
+    """The most recent tokens, exact: buffers [B, H, …, D] that grow to `room` tokens in steps of `step`, of which the
+    first `length` are held."""
+
+    room: int
+    step: int
+    k: mx.array | None = None
+    v: mx.array | None = None
+    length: int = 0
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """Stores tokens behind those held; there must be room."""
+        n = keys.shape[2]
+        needed = self.length + n
+        if self.k is None or self.v is None or needed > self.k.shape[2]:
+            capacity = min(self.room, -(-needed // self.step) * self.step)
+            self.k = grown(self.k, keys, self.length, capacity)
+            self.v = grown(self.v, values, self.length, capacity)
+        self.k[:, :, self.length : needed] = keys
+        self.v[:, :, self.length : needed] = values
+        self.length = needed
+
+    def segment(self) -> ExactSegment:
+        """The tokens held; something must have been written once."""
+        assert self.k is not None and self.v is not None
+        return ExactSegment(self.k[:, :, : self.length], self.v[:, :, : self.length])
+
+    def copy(self) -> Ring:
+        """The same tokens, whose memory is copied when either is written to."""
+        return copy.deepcopy(self)
+
+
 class RotorCache:
-    """Keys and values of one attention layer, [B, H, held, D] in token order: sinks, body, ring.
+    """Keys and values of one attention layer, [B, H, held, D] in token order: sink tokens, body, ring.
+
+        cache = RotorCache("trellis3", "trellis3")
+        k, v = cache.update_and_fetch(keys, values)  # views, for mx.fast.scaled_dot_product_attention
 
     Args:
         k, v: codec names.
-        sinks: first tokens kept exact.
+        sinks: first tokens kept exact, the sink tokens.
         ring: recent tokens kept exact, at least; the oldest are packed once there would be more than ring + block.
         block: what is packed brings the body's length to a multiple of it: appends need not start inside a tile.
-        centre: take means off before packing, see `Body`.
-        window: recent tokens that a query sees besides the sinks, itself among them; None: all. Others are dropped.
+        centre: subtract means before packing, see `Body`.
+        window: recent tokens that a query sees besides the sink tokens, itself among them; None: all. Others are
+            dropped.
         fingerprint: of the model it is for; goes into files.
     """
+
+    # Makes a batch of single caches. The class of batches knows this one, and registers itself.
+    batch: ClassVar[Callable[[list[RotorCache]], Any]]
 
     def __init__(
         self,
@@ -56,7 +99,7 @@ class RotorCache:
     def _forget_views(self) -> None:
         """Before the body is written to: what is kept for the next call refers to its buffers, and a buffer that is
         referred to is copied."""
-        self._views: tuple[tuple[int, mx.Dtype, int], list[StoredRun], mx.array, mx.array] | None = None
+        self._views: tuple[tuple[int, mx.Dtype, int], list[Segment], mx.array, mx.array] | None = None
 
     # ------------------------------------------------------------ tokens in
     @property
@@ -83,8 +126,8 @@ class RotorCache:
         # The buffers are read after they are written: the write then happens in place.
         return self.fetch(*self.append(keys, values), keys.dtype)
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
-        """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact run)."""
+    def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactSegment]:
+        """Stores tokens. Returns what attention is to read behind the sink tokens: (body tokens, exact segment)."""
         self.drop_unseen()
         first = 0 if self.sink_k is None else self.sink_k.shape[2]
         into_sinks = min(self.sinks - first, keys.shape[2])
@@ -113,22 +156,22 @@ class RotorCache:
             self.sink_k = mx.concatenate([self.sink_k, keys], axis=2)
             self.sink_v = mx.concatenate([self.sink_v, values], axis=2)
 
-    def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactRun]:
-        """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact run) for this call to read."""
+    def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactSegment]:
+        """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact segment) to read now."""
         n, room = keys.shape[2], self.recent.room
         if self.recent.length == room and n <= self.block:
-            self._pack(self.recent.run())
+            self._pack(self.recent.segment())
         if self.recent.length + n <= room:
             self.recent.write(keys, values)
-            return self.body.length, self.recent.run()
-        body, recent = self.body.length, ExactRun(keys, values)
+            return self.body.length, self.recent.segment()
+        body, recent = self.body.length, ExactSegment(keys, values)
         if self.recent.length:
-            held = self.recent.run()
-            recent = ExactRun(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
+            held = self.recent.segment()
+            recent = ExactSegment(mx.concatenate([held.k, keys], axis=2), mx.concatenate([held.v, values], axis=2))
         self._pack(recent)
         return body, recent
 
-    def _pack(self, recent: ExactRun) -> None:
+    def _pack(self, recent: ExactSegment) -> None:
         """Packs the oldest of more than `ring` exact tokens, to a whole block of the body; the rest become the ring."""
         n = recent.length - self.ring
         n -= (self.body.length + n) % self.block
@@ -138,48 +181,48 @@ class RotorCache:
         self.recent.write(recent.k[:, :, n:], recent.v[:, :, n:])
 
     # ------------------------------------------------------------ tokens out
-    def fetch(self, body: int, recent: ExactRun, dtype: mx.Dtype) -> tuple[KVView, KVView]:
-        """Views of the sinks, the first `body` packed tokens and `recent`."""
+    def fetch(self, body: int, recent: ExactSegment, dtype: mx.Dtype) -> tuple[KVView, KVView]:
+        """Views of the sink tokens, the first `body` packed tokens and `recent`."""
         tokens, k, v = self.tokens(body, recent, dtype)
         return views(k, v, tokens)
 
-    def tokens(self, body: int, recent: ExactRun, dtype: mx.Dtype) -> tuple[Tokens, mx.array, mx.array]:
-        """What `fetch` is of: the runs, and lazy K and V."""
-        runs, k, v = self._behind(body, dtype)
+    def tokens(self, body: int, recent: ExactSegment, dtype: mx.Dtype) -> tuple[Tokens, mx.array, mx.array]:
+        """What `fetch` is of: the segments, and lazy K and V."""
+        segments, k, v = self._behind(body, dtype)
         self.counts.made += 1
         if recent.length:
-            runs, k, v = [*runs, recent], [*k, recent.k], [*v, recent.v]
-        kept = self.window is not None and self.sink_k is not None and len(runs) > 1
-        tokens = Tokens(runs, self.counts, self.window, kept)
+            segments, k, v = [*segments, recent], [*k, recent.k], [*v, recent.v]
+        kept = self.window is not None and self.sink_k is not None and len(segments) > 1
+        tokens = Tokens(segments, self.counts, self.window, kept)
         if len(k) == 1:
             return tokens, k[0], v[0]
         return tokens, mx.concatenate(k, axis=2), mx.concatenate(v, axis=2)
 
-    def _behind(self, body: int, dtype: mx.Dtype) -> tuple[list[StoredRun], list[mx.array], list[mx.array]]:
-        """Sinks and packed tokens: runs, and lazy arrays. The same objects as in the last call where nothing changed
+    def _behind(self, body: int, dtype: mx.Dtype) -> tuple[list[Segment], list[mx.array], list[mx.array]]:
+        """Sink and packed tokens: segments, and lazy arrays. The same objects as in the last call where nothing changed
         and that call's attention has not evaluated them. Before any attention has taken views none are kept: those
         that a model evaluates hold all tokens expanded."""
         now = (body, dtype, self.counts.fallback)
         if self._views is not None and self._views[0] == now:
-            _, runs, k, v = self._views
-            return runs, [k], [v]
-        runs = [] if self.sink_k is None or self.sink_v is None else [ExactRun(self.sink_k, self.sink_v)]
-        runs += self.body.runs(body)
-        if not runs:
+            _, segments, k, v = self._views
+            return segments, [k], [v]
+        segments = [] if self.sink_k is None or self.sink_v is None else [ExactSegment(self.sink_k, self.sink_v)]
+        segments += self.body.first(body)
+        if not segments:
             return [], [], []
-        parts = [expanded(run, dtype) for run in runs]
+        parts = [expanded(segment, dtype) for segment in segments]
         k, v = (
             parts[0] if len(parts) == 1 else (mx.concatenate(list(side), axis=2) for side in zip(*parts, strict=True))
         )
         if body == self.body.length and self.counts.attended:
-            self._views = (now, runs, k, v)
-        return runs, [k], [v]
+            self._views = (now, segments, k, v)
+        return segments, [k], [v]
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """Views of the tokens held, or (None, None)."""
         if self.empty():
             return None, None
-        recent = self.recent.run()
+        recent = self.recent.segment()
         return self.fetch(self.body.length, recent, recent.k.dtype)
 
     @property
@@ -244,9 +287,7 @@ class RotorCache:
     @staticmethod
     def merge(caches: Sequence[RotorCache]) -> Any:
         """The caches of single sequences as a batch; they stay as they are."""
-        from .ragged import RaggedBatch
-
-        return RaggedBatch([copy.deepcopy(c) for c in caches])
+        return RotorCache.batch([copy.deepcopy(c) for c in caches])
 
     # ------------------------------------------------------------ bytes and files
     @property
@@ -267,19 +308,31 @@ class RotorCache:
 
     @property
     def nbytes(self) -> int:
-        """Every byte referred to: sinks, ring and body with the room they have not used yet."""
+        """Every byte referred to: sink tokens, ring and body with the room they have not used yet."""
         return sum(int(a.nbytes) for a in [*self._exact, *self.body.arrays] if a is not None)
 
     @property
     def state(self) -> dict[str, Any]:
         """Arrays, numbers and names: all of the cache, in the leaves mlx_lm can save."""
-        return saved.state(self, self._exact)
+        return saved.state(
+            saved.Saved(
+                fingerprint=self.fingerprint,
+                exact=self._exact,
+                body=self.body,
+                sinks=self.sinks,
+                ring=self.ring,
+                block=self.block,
+                ring_length=self.recent.length,
+                dropped=self.dropped,
+                window=self.window,
+            )
+        )
 
     @state.setter
     def state(self, state: Any) -> None:
         """Raises RotorError for anything but a state of this format whose parts fit each other."""
         s = saved.check(state)
-        self.__init__(*s.codecs, s.sinks, s.ring, s.block, centre=s.centre, window=s.window)  # type: ignore[misc]
+        self.__init__(s.body.k, s.body.v, s.sinks, s.ring, s.block, window=s.window)  # type: ignore[misc]
         self.fingerprint, self.dropped, self.recent.length = s.fingerprint, s.dropped, s.ring_length
         self.sink_k, self.sink_v, self.recent.k, self.recent.v = s.exact
         self.body = s.body

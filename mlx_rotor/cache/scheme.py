@@ -45,7 +45,7 @@ class Scheme:
         sinks: first tokens kept exact.
         ring: most recent tokens kept exact.
         protect_layers: layers at either end that get codecs one step up.
-        centre: take the mean of K (256 tokens at a time) and of V off before packing.
+        centre: subtract the mean of K (256 tokens at a time) and of V before packing.
         layers: codecs (K, V) of every compressed layer, as calibrated; None: k, v and protect_layers say them.
         label: a calibrated scheme's name.
         model: fingerprint of the model it was calibrated for, "" for any.

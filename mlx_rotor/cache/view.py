@@ -1,8 +1,8 @@
 """Views: what `update_and_fetch` hands the model instead of expanded keys and values.
 
 A view is a real, lazy array of the dequantized tokens. Attention that recognises an untouched pair of views reads the
-packed runs behind it and the lazy array is never evaluated; any other use of it is an ordinary array operation, whose
-result is a plain array: correct, only slower.
+packed segments behind it and the lazy array is never evaluated; any other use of it is an ordinary array operation,
+whose result is a plain array: correct, only slower.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .. import kernels
-from ..kernels import ExactRun, PackedRun, StoredRun
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, Segment
 
 Mask = mx.array | str | None
 
@@ -54,7 +54,7 @@ def causal(
 
     Args:
         window: the cache's own; asked: the model's, for this mask.
-        sinks: first tokens, which a cache with a window shows whatever it is.
+        sinks: sink tokens, which a cache with a window shows whatever it is.
         left: [B, 1, 1, 1], columns in front of a row's first token; None: no rows.
 
     Returns:
@@ -79,26 +79,27 @@ def causal(
 class Handle(Protocol):
     """The tokens behind a pair of views."""
 
-    def attend(self, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None) -> mx.array:
-        """Attention of q [B, Hq, L, D] over all tokens; see `kernels.attend`."""
+    def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
+        """Attention of q [B, Hq, L, D] over all tokens, [B, Hq, L, Dv]. The arguments are those that models hand to
+        `mx.fast.scaled_dot_product_attention`; `kernels.arguments.AttentionArgs` describes them."""
 
 
 @dataclass
 class Tokens:
-    """One cache's tokens in order: exact sinks, packed segments, exact recent ones, each where there are any.
+    """One cache's tokens in order: sink tokens, packed segments, recent tokens, each where there are any.
 
     Attributes:
         window: recent tokens a query sees, itself among them; None: all.
-        kept: the sinks are seen whatever the window.
+        keep_first: the sink tokens are seen whatever the window.
     """
 
-    runs: Sequence[StoredRun]
+    segments: Sequence[Segment]
     counts: Counts
     window: int | None = None
-    kept: bool = False
+    keep_first: bool = False
     attended: bool = False
 
-    def attend(self, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None) -> mx.array:
+    def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
         self.counts.fused += 1
         self.counts.attended += not self.attended
         self.attended = True
@@ -106,7 +107,7 @@ class Tokens:
         if self.recognises(mask):
             # A single query sees all but what the window hides: no order to keep.
             mask, window = "causal" if q.shape[2] > 1 else None, self.window
-        return kernels.attend(q, self.runs, scale=scale, mask=mask, sinks=sinks, window=window, kept=self.kept)
+        return kernels.attend(q, self.segments, AttentionArgs(scale, mask, sink_logits, window, self.keep_first))
 
     def recognises(self, mask: Mask) -> bool:
         """Whether the mask is one that a cache with this window made."""
@@ -128,12 +129,12 @@ def views(k: mx.array, v: mx.array, handle: Handle) -> tuple[KVView, KVView]:
     return pair
 
 
-def expanded(run: StoredRun, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Lazy K and V of a run, [B, H, length, D], dequantized where it is packed."""
-    if isinstance(run, PackedRun):
-        return tuple(kernels.dequantize(side, 0, run.length, dtype) for side in (run.k, run.v))  # type: ignore[return-value]
-    assert isinstance(run, ExactRun)
-    return run.k.astype(dtype), run.v.astype(dtype)
+def expanded(segment: Segment, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Lazy K and V of a segment, [B, H, length, D], dequantized where it is packed."""
+    if isinstance(segment, PackedSegment):
+        return tuple(kernels.dequantize(side, 0, segment.length, dtype) for side in (segment.k, segment.v))  # type: ignore[return-value]
+    assert isinstance(segment, ExactSegment)
+    return segment.k.astype(dtype), segment.v.astype(dtype)
 
 
 def paired(k: Any, v: Any) -> Handle | None:

@@ -1,4 +1,4 @@
-"""Kernels that read packed weights, and routing, against their twins: which checks there are, and one of them run."""
+"""Kernels that read packed weights, and routing, against their references: the list of checks, and one of them run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernels import check_results, experts
 from ..kernels.experts import reference
 from ..kernels.experts.routing import Routing, route, route_reference, sorted_partition
 from ..kernels.spec import PackedWeight
-from .kernel_check import ATTEND_TOLERANCE, Outcome, Verdict, compared, normal, outcome
+from .kernel_check import ATTEND_TOLERANCE, Found, Outcome, compared, normal, outcome
 from .kernel_plan import DTYPES
 
 # What is checked, and the operation that runs it. Rows of more than MAX_ROWS are tiled.
@@ -63,7 +63,7 @@ class ExpertCheck:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What the kernel reads, as verdicts name it."""
+        """What the kernel reads, as check results name it."""
         return () if self.spec is None else (check_results.format_id(formats.get(*self.spec)),)
 
     @property
@@ -119,8 +119,8 @@ def run(check: ExpertCheck, size: Size | None = None) -> Outcome:
     return outcome(check, lambda: CHECKS[check.operation](check, size or Size()))
 
 
-def _route(check: ExpertCheck, size: Size) -> Verdict:
-    """Indices must be the twin's, which runs where MLX runs; weights almost. Many scores are equal."""
+def _route(check: ExpertCheck, size: Size) -> Found:
+    """Indices must be the reference's, which runs where MLX runs; weights almost. Many scores are equal."""
     how, count, k, biased = ROUTINGS[check.kind.removeprefix(ROUTE)]
     x = normal(check.name, 9, count)
     x = mx.where(normal(f"{check.name} ties", 9, count) > 0, mx.round(x), x).astype(check.dtype)
@@ -136,7 +136,7 @@ def _route(check: ExpertCheck, size: Size) -> Verdict:
     return passed, error, tolerance, note or ("" if error == 0 else "weights are rounded otherwise than stock's")
 
 
-def _gate_up(check: ExpertCheck, size: Size) -> Verdict:
+def _gate_up(check: ExpertCheck, size: Size) -> Found:
     _, _, what = check.kind.partition(", ")
     biased = what == "gpt_oss with biases"
     activation = what.partition(" ")[0] if what.startswith("g") else "swiglu"
@@ -151,7 +151,7 @@ def _gate_up(check: ExpertCheck, size: Size) -> Verdict:
     return compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
-def _down(check: ExpertCheck, size: Size) -> Verdict:
+def _down(check: ExpertCheck, size: Size) -> Found:
     w = _stack(check, size, "down", False)
     tokens = 8 if check.kind.endswith("8 rows") else 1
     h = normal(check.name, tokens, size.chosen, size.columns).astype(check.dtype)
@@ -165,7 +165,7 @@ def _down(check: ExpertCheck, size: Size) -> Verdict:
     return compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
-def _matmul(check: ExpertCheck, size: Size) -> Verdict:
+def _matmul(check: ExpertCheck, size: Size) -> Found:
     w = _stack(check, size, "matrix", True)
     assert w.bias is not None
     w = PackedWeight(w.format, tuple(part[0] for part in w.parts), w.columns, w.bias[0])
@@ -178,7 +178,7 @@ def _matmul(check: ExpertCheck, size: Size) -> Verdict:
     return compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
-def _gather(check: ExpertCheck, size: Size) -> Verdict:
+def _gather(check: ExpertCheck, size: Size) -> Found:
     w = _stack(check, size, "gathered", False)
     x = normal(check.name, size.tiled, size.columns).astype(check.dtype)
     indices = mx.sort(mx.arange(size.tiled, dtype=mx.uint32) % size.experts)
@@ -189,7 +189,7 @@ def _gather(check: ExpertCheck, size: Size) -> Verdict:
     return compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
-CHECKS: dict[str, Callable[[ExpertCheck, Size], Verdict]] = {
+CHECKS: dict[str, Callable[[ExpertCheck, Size], Found]] = {
     "route": _route,
     "gate_up": _gate_up,
     "down": _down,

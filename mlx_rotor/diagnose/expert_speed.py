@@ -18,7 +18,7 @@ from ..experts import formats, layers
 from ..experts.fused import FusedExperts
 from ..host.skeleton import skeleton
 from ..kernels import check_results
-from ..kernels.check_results import ROWS
+from ..kernels.check_results import TIMED_ROWS
 from ..kernels.spec import PackedWeight
 from .kernel_speed import SHARE, bounded, memory
 
@@ -67,7 +67,7 @@ TRIPLES: tuple[Triple, ...] = (AFFINE_2_3, AFFINE_3, AFFINE_4, LLOYD_2_3, LLOYD_
 
 @dataclass(frozen=True)
 class ExpertTiming:
-    """Milliseconds a layer, None where it was not measured; `skipped` says why. `key` is `verdicts.experts_key`."""
+    """Milliseconds a layer, None where not measured; `skipped` says why. `key` is `check_results.experts_key`."""
 
     model: str
     key: str
@@ -86,12 +86,12 @@ class ExpertTiming:
 
 
 def cells() -> list[tuple[Dims, Triple]]:
-    """Every pair of a model and formats that its dimensions have; each is measured for all numbers of ROWS."""
+    """Every pair of a model and formats that its dimensions have; each is measured for all numbers of TIMED_ROWS."""
     return [(model, triple) for model in MODELS for triple in TRIPLES if _fits(model, triple)]
 
 
 def measure(model: Dims, triple: Triple, room: int | None = None) -> list[ExpertTiming]:
-    """A timing for each number of ROWS; `room` in bytes, None: what MLX may take here. A kernel that does not run is a
+    """A timing for each number of TIMED_ROWS; `room` in bytes, None: what MLX may take. A kernel that does not run is a
     timing that says so. Graphs are built before the clock starts."""
     room = memory() if room is None else room
     size = sum(
@@ -101,17 +101,17 @@ def measure(model: Dims, triple: Triple, room: int | None = None) -> list[Expert
     )
     if size > SHARE * room:
         why = f"needs {size / SHARE / 1e9:.1f} GB, {room / 1e9:.1f} GB free"
-        return [ExpertTiming(model.name, _key(model, triple), rows, skipped=why) for rows in ROWS]
+        return [ExpertTiming(model.name, _key(model, triple), rows, skipped=why) for rows in TIMED_ROWS]
     try:
         weights = [_packed(spec, model.experts, *shape) for spec, shape in zip(triple, model.shapes(), strict=True)]
         mx.eval([weight.parts for weight in weights])
-        return [_timing(model, triple, weights, rows) for rows in ROWS]
+        return [_timing(model, triple, weights, rows) for rows in TIMED_ROWS]
     finally:
         mx.clear_cache()
 
 
 def record(timings: Sequence[ExpertTiming]) -> None:
-    """Stores which of those that were measured stock won, for `verdicts.prefers_stock`."""
+    """Stores which of those that were measured stock won, for `check_results.prefers_stock`."""
     lost, timed = [], []
     for t in timings:
         if t.fused_ms is None or t.stock_ms is None:
@@ -199,7 +199,7 @@ def _fits(model: Dims, triple: Triple) -> bool:
 
 
 def _key(model: Dims, triple: Triple) -> str:
-    """`verdicts.experts_key` of weights that are not made."""
+    """`check_results.experts_key` of weights that are not made."""
     made = [
         PackedWeight(formats.get(*spec), (mx.zeros((1, rows, 1)),), columns)
         for spec, (rows, columns) in zip(triple, model.shapes(), strict=True)

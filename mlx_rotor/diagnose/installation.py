@@ -1,4 +1,4 @@
-"""What this machine and installation are, and whether they fit: versions, device, backends, verdicts on kernels."""
+"""What this machine and installation are, and whether they fit: versions, device, backends, kernel checks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     info = mx.device_info()
-    refused, verdict_finding = _verdicts()
+    refused, kernel_finding = _check_results()
     backend, why, backend_finding = _backend()
     operations = [
         Operation(name, backend, why if backend != "metal" else f"{why}; {file}", refused.get(operation, ()))
@@ -90,7 +90,7 @@ def diagnose() -> Diagnosis:
             _finding("bundled model", _bundled_model),
             _finding("Metal sources", lambda: f"{len(metal.names())} files in {metal.root()}"),
             backend_finding,
-            verdict_finding,
+            kernel_finding,
         ],
     )
 
@@ -130,7 +130,7 @@ def _backend() -> tuple[str, str, Finding]:
     return backend, why, Finding("backend", True, f"{backend}: {why}")
 
 
-def _verdicts() -> tuple[dict[str, tuple[str, ...]], Finding]:
+def _check_results() -> tuple[dict[str, tuple[str, ...]], Finding]:
     """Names of failed checks by operation."""
     try:
         failed = check_results.failures()

@@ -1,4 +1,4 @@
-"""A kernel against its twin: the same inputs, the twin on the CPU. Knows no device; the kernels run where MLX runs."""
+"""A kernel against its reference: the same inputs, the reference on the CPU. The kernels run where MLX runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 
 from .. import codec, kernels
 from ..errors import RotorError
-from ..kernels import ExactRun, PackedRun, PackedSide, StoredRun, check_results, reference
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, check_results, reference
 from ..kernels.packed import TILE
 from ..kernels.packing import encode_reference
 from ..kernels.prefill import rotate_metal
 from ..kernels.segments import spread
 from .kernel_plan import CENTRED, Check
 
-# Largest |kernel - twin| over largest |twin|. Both round inputs alike; a kernel also keeps decoded tiles, weights and
-# its result in the dtype.
+# Largest |kernel - reference| over largest |reference|. Both round inputs alike; a kernel also keeps decoded tiles,
+# weights and its result in the dtype.
 ATTEND_TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 VECTOR_TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 # A compiler that fuses a multiply and an add rounds once less, and a coordinate between two levels may take the other.
@@ -43,7 +43,7 @@ class Size:
     heads: int = 2
 
 
-Verdict = tuple[bool, float | None, float | None, str]
+Found = tuple[bool, float | None, float | None, str]
 
 
 class AnyCheck(Protocol):
@@ -95,12 +95,12 @@ def run(check: Check, size: Size | None = None) -> Outcome:
     """One check. Whatever the kernel raises, from its compiler or on the way, is a failure with that note.
 
     Raises:
-        RotorError: if the kernels' backend is not Metal: a twin would be compared with itself.
+        RotorError: if the kernels' backend is not Metal: a reference would be compared with itself.
     """
     return outcome(check, lambda: CHECKS[check.kind.partition(",")[0]](check, size or Size()))
 
 
-def outcome(check: AnyCheck, made: Callable[[], Verdict]) -> Outcome:
+def outcome(check: AnyCheck, made: Callable[[], Found]) -> Outcome:
     """What `made` finds of `check`. Raises as `run`."""
     if kernels.backend() != "metal":
         raise RotorError(f"kernels are checked on the metal backend, and this is {kernels.backend()}")
@@ -115,11 +115,11 @@ def outcome(check: AnyCheck, made: Callable[[], Verdict]) -> Outcome:
 
 
 def record(outcomes: Sequence[Outcome]) -> None:
-    """Stores the verdicts that `verdicts.refuse` reads."""
+    """Stores the results that `check_results.refuse` reads."""
     check_results.record([o.check.name for o in outcomes], [o.failure() for o in outcomes if not o.passed])
 
 
-def _encode(check: Check, size: Size) -> Verdict:
+def _encode(check: Check, size: Size) -> Found:
     """Words and scales, bit for bit; where a few differ, the distortion decides. With means, from inside a group on."""
     made = codec.get(check.k, check.dim)
     first, span = (TILE, SPAN) if check.kind in CENTRED else (0, 0)
@@ -157,9 +157,9 @@ def _encode(check: Check, size: Size) -> Verdict:
     return passed, differ / of, WORDS_TOLERANCE, note
 
 
-def _attend(check: Check, size: Size) -> Verdict:
-    """Sinks, packed tokens and recent ones; more than one row sees causally."""
-    kind, segments = check.kind.removesuffix(", segments"), check.kind.endswith(", segments")
+def _attend(check: Check, size: Size) -> Found:
+    """Sink tokens, packed and recent ones; more than one row sees causally."""
+    kind, several = check.kind.removesuffix(", segments"), check.kind.endswith(", segments")
     rows, group = {"decode, 1 row": (1, 1), "decode, 8 rows": (2, 4), "decode": (2, 2)}.get(kind, (size.prefill, 2))
 
     def make(what: str, n: int, heads: int) -> mx.array:
@@ -168,12 +168,12 @@ def _attend(check: Check, size: Size) -> Verdict:
         return x.swapaxes(1, 2)[:, :, :n]
 
     sinks, recent = (
-        ExactRun(make(f"k{n}", n, size.heads), make(f"v{n}", n, size.heads)) for n in (size.sinks, size.recent)
+        ExactSegment(make(f"k{n}", n, size.heads), make(f"v{n}", n, size.heads)) for n in (size.sinks, size.recent)
     )
-    lengths = (size.packed // 3, size.packed - size.packed // 3) if segments else (size.packed,)
-    spans = (SPAN, 0) if segments else (None, None)
+    lengths = (size.packed // 3, size.packed - size.packed // 3) if several else (size.packed,)
+    spans = (SPAN, 0) if several else (None, None)
     bodies = [
-        PackedRun(
+        PackedSegment(
             n,
             *(
                 _side(name, check.dim, size.heads, n, span)
@@ -184,18 +184,18 @@ def _attend(check: Check, size: Size) -> Verdict:
     ]
     # Queries a few times wider than keys are long: a softmax with a few large weights, as models have.
     q = make("q", rows, size.heads * group) * 2
-    runs: list[StoredRun] = [sinks, *bodies, recent]
+    segments: list[Segment] = [sinks, *bodies, recent]
     how: dict[str, Any] = {"scale": check.dim**-0.5, "mask": "causal" if rows > 1 else None}
-    if segments:
-        how |= {"window": size.recent + 3 * size.packed // 4, "kept": True}
-    got = kernels.attend(q, runs, **how)
+    if several:
+        how |= {"window": size.recent + 3 * size.packed // 4, "keep_first": True}
+    got = kernels.attend(q, segments, AttentionArgs(**how))
     mx.eval(got)
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), runs, **how)
+        want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
     return compared(got, want, check.dtype, ATTEND_TOLERANCE)
 
 
-def _dequantize(check: Check, size: Size) -> Verdict:
+def _dequantize(check: Check, size: Size) -> Found:
     """From inside a tile to inside another."""
     side = _side(check.k, check.dim, size.heads, size.packed, SPAN if check.kind in CENTRED else None)
     got = kernels.dequantize(side, 5, size.packed - 3, check.dtype)
@@ -205,22 +205,22 @@ def _dequantize(check: Check, size: Size) -> Verdict:
     return compared(got, want, check.dtype, VECTOR_TOLERANCE)
 
 
-def _rotate(check: Check, size: Size) -> Verdict:
+def _rotate(check: Check, size: Size) -> Found:
     """There, and back from there: the worse of both."""
     made = codec.get(check.k, check.dim)
     assert made.kernel is not None
     x = normal(check.name, 1, size.encoded, size.heads, check.dim).astype(check.dtype).swapaxes(1, 2)
     both = []
-    for inverse, twin in ((False, made.rotate), (True, made.unrotate)):
+    for inverse, turn in ((False, made.rotate), (True, made.unrotate)):
         got = rotate_metal(made.kernel, x, inverse=inverse, dtype=check.dtype)
         mx.eval(got)
         with mx.stream(mx.cpu):
-            want = twin(x.astype(mx.float32))
+            want = turn(x.astype(mx.float32))
         both.append(compared(got, want, check.dtype, VECTOR_TOLERANCE))
-    return max(both, key=lambda verdict: (not verdict[0], verdict[1] or 0))
+    return max(both, key=lambda found: (not found[0], found[1] or 0))
 
 
-CHECKS: dict[str, Callable[[Check, Size], Verdict]] = {
+CHECKS: dict[str, Callable[[Check, Size], Found]] = {
     "encode": _encode,
     "decode": _attend,
     "prefill": _attend,
@@ -229,7 +229,7 @@ CHECKS: dict[str, Callable[[Check, Size], Verdict]] = {
 }
 
 
-def compared(got: mx.array, want: mx.array, dtype: mx.Dtype, tolerances: dict[mx.Dtype, float]) -> Verdict:
+def compared(got: mx.array, want: mx.array, dtype: mx.Dtype, tolerances: dict[mx.Dtype, float]) -> Found:
     if got.shape != want.shape or got.dtype != dtype:
         return False, None, None, f"{got.dtype} {got.shape} instead of {dtype} {want.shape}"
     with mx.stream(mx.cpu):
@@ -253,8 +253,8 @@ def _means(seed: str, dim: int, heads: int, tokens: int, span: int) -> mx.array:
 
 @lru_cache(maxsize=8)
 def _side(name: str, dim: int, heads: int, tokens: int, span: int | None = None) -> PackedSide:
-    """Tokens packed by the twin, with means where there is a span and the codec takes some; then room for more that
-    holds what no token ever had: nobody may read it."""
+    """Tokens packed by the reference, with means where there is a span and the codec takes some; then room for more
+    that holds what no token ever had: nobody may read it."""
     made, mean = codec.get(name, dim), None
     with mx.stream(mx.cpu):
         x = normal(f"{name} {dim}", 1, heads, tokens, dim)

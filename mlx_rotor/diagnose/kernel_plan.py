@@ -11,7 +11,7 @@ import mlx.core as mx
 from .. import codec
 from ..errors import RotorError
 
-# What is checked, and the operation of `mlx_rotor.kernels` that runs it. In segments: two packed runs, with means where
+# What is checked, and the operation of `mlx_rotor.kernels` that runs it. In segments: two packed ones, with means where
 # the codec takes some, a window, and sinks that are seen beyond it.
 KINDS = {
     "encode": "encode",
@@ -59,7 +59,7 @@ class Check:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What the kernel reads, as verdicts name it."""
+        """What the kernel reads, as check results name it."""
         return tuple(dict.fromkeys(f"{name}@{self.dim}" for name in (self.k, self.v)))
 
     def facts(self) -> dict[str, Any]:

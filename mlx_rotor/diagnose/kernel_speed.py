@@ -14,7 +14,7 @@ import mlx.core as mx
 from .. import codec, kernels
 from ..cache import parse
 from ..errors import RotorError
-from ..kernels import ExactRun, PackedRun, PackedSide, StoredRun, check_results
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, check_results
 from ..kernels.packed import TILE
 
 KV_HEADS, DIM = 8, 128
@@ -92,12 +92,12 @@ def measure(scheme: str, query_heads: int, tokens: int, room: int | None = None)
 
 
 def _exact_ms(query_heads: int, tokens: int, copies: int) -> float:
-    def layer(run: ExactRun) -> Attention:
+    def layer(run: ExactSegment) -> Attention:
         return lambda q: mx.fast.scaled_dot_product_attention(q, run.k, run.v, scale=DIM**-0.5)
 
-    runs = [_exact(tokens) for _ in range(copies)]
-    mx.eval([[run.k, run.v] for run in runs])
-    return _milliseconds(query_heads, [layer(run) for run in runs])
+    segments = [_exact(tokens) for _ in range(copies)]
+    mx.eval([[run.k, run.v] for run in segments])
+    return _milliseconds(query_heads, [layer(run) for run in segments])
 
 
 def _packed_ms(scheme: str, query_heads: int, tokens: int, copies: int) -> float:
@@ -111,14 +111,14 @@ def _packed_ms(scheme: str, query_heads: int, tokens: int, copies: int) -> float
         first, recent = _exact(made.sinks), _exact(made.ring)
         k, v = _packed(made.k, packed), _packed(made.v, packed)
         mx.eval(first.k, first.v, k.tiles, k.scale, v.tiles, v.scale, recent.k, recent.v)
-        runs: list[StoredRun] = [first, PackedRun(packed, k, v), recent]
-        return lambda q: kernels.attend(q, runs, scale=DIM**-0.5)
+        segments: list[Segment] = [first, PackedSegment(packed, k, v), recent]
+        return lambda q: kernels.attend(q, segments, AttentionArgs(scale=DIM**-0.5))
 
     return _milliseconds(query_heads, [layer() for _ in range(copies)])
 
 
-def _exact(tokens: int) -> ExactRun:
-    return ExactRun(*(mx.random.normal((1, KV_HEADS, tokens, DIM), mx.float16) for _ in "kv"))
+def _exact(tokens: int) -> ExactSegment:
+    return ExactSegment(*(mx.random.normal((1, KV_HEADS, tokens, DIM), mx.float16) for _ in "kv"))
 
 
 def _packed(name: str, tokens: int) -> PackedSide:

@@ -37,9 +37,9 @@ class _Pair:
     v: mx.array
     attended: bool = False
 
-    def attend(self, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None) -> mx.array:
+    def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
         self.attended = True
-        return attention.stock(q, self.k, self.v, scale=scale, mask=mask, sinks=sinks)
+        return attention.stock(q, self.k, self.v, scale=scale, mask=mask, sinks=sink_logits)
 
 
 class _Watch:

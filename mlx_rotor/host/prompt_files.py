@@ -141,4 +141,4 @@ def _parts(c: Any) -> str:
         return type(c).__name__
     k, v = c.codecs
     window = "" if c.window is None else f", window {c.window}"
-    return f"K {k}, V {v}, {c.sinks} sinks, ring {c.ring}{window}{'' if c.body.centre else ', no means taken off'}"
+    return f"K {k}, V {v}, {c.sinks} sinks, ring {c.ring}{window}{'' if c.body.centre else ', no means subtracted'}"

@@ -23,12 +23,12 @@ import mlx.core as mx
 
 from ..errors import RotorError
 from . import metal
-from .spec import KernelCodec, PackedWeight, WeightFormat
+from .spec import Codec, PackedWeight, WeightFormat
 
-ROWS = (1, 2, 4, 8)  # rows that expert kernels are timed at
+TIMED_ROWS = (1, 2, 4, 8)  # rows that expert kernels are timed at
 OF_EXPERTS = ("route", "gate_up", "down")  # operations that fused experts are made of
 Entries = list[dict[str, Any]]
-_ignored: ContextVar[bool] = ContextVar("mlx_rotor_verdicts_ignored", default=False)
+_ignored: ContextVar[bool] = ContextVar("mlx_rotor_check_results_ignored", default=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Slower:
     stock_ms: float
 
 
-def codec_id(codec: KernelCodec) -> str:
+def codec_id(codec: Codec) -> str:
     """Codecs that differ in their parameter only run the same kernels."""
     return f"{codec.name.partition(':')[0]}@{codec.dim}"
 
@@ -75,7 +75,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def path() -> Path:
-    """The file of verdicts: in `MLX_ROTOR_CACHE`, else in a folder of the user's cache folder."""
+    """The file of check results: in `MLX_ROTOR_CACHE`, else in a folder of the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("MLX_ROTOR_CACHE") or user / "mlx_rotor") / "kernels.json"
 
@@ -90,7 +90,7 @@ def kernels_digest() -> str:
 
 @cache
 def key() -> str:
-    """What a verdict holds for: this device, system (its compiler comes with it), MLX and kernels."""
+    """What a result holds for: this device, system (its compiler comes with it), MLX and kernels."""
     device = mx.device_info().get("device_name", platform.machine())
     return f"{device}; {platform.platform()}; mlx {version('mlx')}; kernels {kernels_digest()}"
 
@@ -110,7 +110,7 @@ def slower() -> tuple[Slower, ...]:
 
 
 def record(checks: Iterable[str], failed: Sequence[Failure]) -> None:
-    """Stores the outcome of `checks`: `failed` are those that failed. Verdicts on other checks and keys stay.
+    """Stores the outcome of `checks`: `failed` are those that failed. Results of other checks and keys stay.
 
     Raises:
         RotorError: a file that can't be read or written.
@@ -161,7 +161,7 @@ def ignored() -> Iterator[None]:
         _ignored.reset(token)
 
 
-def refuse(operation: str, dtype: mx.Dtype, *codecs: KernelCodec) -> None:
+def refuse(operation: str, dtype: mx.Dtype, *codecs: Codec) -> None:
     """Call before a Metal kernel of `operation` ("encode", "attend", "dequantize") runs over `codecs` in `dtype`.
 
     Raises:
@@ -189,7 +189,7 @@ def prefers_stock(kernel_key: str, rows: int) -> str | None:
     for failure in failed:
         if failure.operation in OF_EXPERTS and formats.issuperset(failure.codecs):
             return f"its kernel failed a check on this machine: {failure.check}"
-    timed = next((n for n in ROWS if n >= rows), None)
+    timed = next((n for n in TIMED_ROWS if n >= rows), None)
     for one in lost:
         if (one.key, one.rows) == (kernel_key, timed):
             return (
@@ -234,9 +234,11 @@ def _load() -> dict[str, Entries]:
             _failures(entry), _slower(entry)
         return known
     except OSError as e:
-        raise RotorError(f"{path()}: {e.strerror}; it holds verdicts on kernels: make it readable, or delete it") from e
+        raise RotorError(
+            f"{path()}: {e.strerror}; it holds check results of kernels: make it readable, or delete it"
+        ) from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise RotorError(f"{path()} is not a file of verdicts on kernels; delete it") from e
+        raise RotorError(f"{path()} is not a file of check results of kernels; delete it") from e
 
 
 def _failures(entries: Entries) -> tuple[Failure, ...]:

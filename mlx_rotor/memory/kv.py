@@ -12,8 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache import RotorCache, Scheme
-from ..cache.body import SPAN
-from ..cache.side import capacity_for
+from ..cache.body import SPAN, capacity_for
 from ..errors import RotorError
 from ..host.attachment import stock_cache
 from ..host.layers import compress
@@ -75,7 +74,7 @@ def _bound(cache: Any) -> int | None:
     """Tokens a cache holds at most, between two chunks of a prompt; None: all."""
     window = getattr(cache, "window", None)
     if window is not None:
-        return int(window + window // 4 + PREFILL)  # tokens out of sight are dropped a quarter at a time
+        return int(window + window // 4 + PREFILL)  # tokens behind the window are dropped a quarter at a time
     size = getattr(cache, "max_size", None)
     return None if size is None else int(size + PREFILL)
 

@@ -21,11 +21,11 @@ def grow(body, x, n):
 
 def values(body):
     """(K, V) of all tokens, rotated back."""
-    runs = body.runs(body.length)
-    assert sum(run.length for run in runs) == body.length
+    segments = body.first(body.length)
+    assert sum(segment.length for segment in segments) == body.length
     return [
         mx.concatenate(
-            [side.codec.unrotate(side.rotated(0, run.length)) for run in runs for side in [getattr(run, kv)]], 2
+            [s.codec.unrotate(s.rotated(0, n)) for s, n in ((getattr(g, kv), g.length) for g in segments)], 2
         )
         for kv in "kv"
     ]

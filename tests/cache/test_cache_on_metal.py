@@ -1,4 +1,4 @@
-"""The cache over real kernels, in the simulator or on a Mac's GPU, against the same cache over their twins."""
+"""The cache over real kernels, in the simulator or on a Mac's GPU, against the same cache over their references."""
 
 import mlx.core as mx
 import numpy as np
@@ -33,5 +33,5 @@ def test_the_cache_gives_the_same_on_both_backends(monkeypatch, codecs):
         mx.eval(got)
     want = attended("reference", monkeypatch, codecs)
     assert simulator.objections == []
-    # The twin of attention sums in another order; decoded tokens differ by rounding alone.
+    # The reference of attention sums in another order; decoded tokens differ by rounding alone.
     assert max(distance(a, b) for a, b in zip(got, want, strict=True)) < 1e-5

@@ -125,7 +125,7 @@ def test_views_are_the_same_from_step_to_step_where_attention_takes_them():
     for n in (300, 1, 1, 1):
         view, _ = feed(cache, k, v, [n])
         mx.eval(view.rotor.attend(q, 0.1))
-        runs.append(view.rotor.runs)
+        runs.append(view.rotor.segments)
     assert len(runs[3]) == 3 and all(a is b for a, b in zip(runs[2][:2], runs[3][:2], strict=True))
 
 

@@ -75,7 +75,7 @@ def test_a_kernel_that_does_not_compile_fails_with_the_compilers_words():
         assert not outcome.passed and outcome.note.endswith("metal library error: no such type")
 
 
-def test_a_twin_is_not_compared_with_itself(monkeypatch):
+def test_a_reference_is_not_compared_with_itself(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
     with pytest.raises(RotorError, match="this is reference"):
         run(ExpertCheck("down, 1 row", AFFINE, mx.float16), SMALL)

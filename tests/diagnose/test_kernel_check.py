@@ -36,8 +36,8 @@ def making(spoil, only=""):
     metal.use_maker(maker)
 
 
-def twins(made, spoil):
-    """Kernels that encode as the twin does, then spoil."""
+def references(made, spoil):
+    """Kernels that encode as the reference does, then spoil."""
     metal.use_maker(lambda **text: lambda *, inputs, **launch: spoil(*encode_reference(made, inputs[0])))
 
 
@@ -128,7 +128,7 @@ def test_a_broken_rotation_fails_in_either_direction(turn):
 )
 def test_words_that_differ_pass_where_they_are_few_and_cost_nothing(spoil, passed, says):
     made = codec.get("turbo4", DIM)
-    twins(made, spoil)
+    references(made, spoil)
     outcome = run(Check("encode", "turbo4", "turbo4", DIM, mx.float32), Size(encoded=500))
     assert outcome.passed == passed, outcome.note
     assert says in outcome.note and bool(outcome.note) == (says != "" or not passed)
@@ -145,20 +145,20 @@ def test_a_kernel_that_does_not_compile_fails_with_the_compilers_words():
         assert outcome.note == "RuntimeError: Unable to build metal library error: no such type"
 
 
-def test_outcomes_become_verdicts_that_name_the_check():
-    twins(codec.get("turbo4", DIM), lambda tiles, scale: [tiles, scale * 2])
+def test_outcomes_become_results_that_name_the_check():
+    references(codec.get("turbo4", DIM), lambda tiles, scale: [tiles, scale * 2])
     bad = run(Check("encode", "turbo4", "turbo4", DIM, mx.float32), SMALL)
     kernel_check.record([bad])
     with pytest.raises(RotorError, match="encode: turbo4, 64 x float32"):
         check_results.refuse("encode", mx.float32, codec.get("turbo4", DIM))
     assert not run(bad.check, SMALL).passed, "a refused kernel is checked again"
-    twins(codec.get("turbo4", DIM), lambda tiles, scale: [tiles, scale])
+    references(codec.get("turbo4", DIM), lambda tiles, scale: [tiles, scale])
     kernel_check.record([run(bad.check, SMALL)])
     check_results.refuse("encode", mx.float32, codec.get("turbo4", DIM))
     assert bad.to_dict()["check"] == bad.check.name and bad.to_dict()["passed"] is False
 
 
-def test_a_twin_is_not_compared_with_itself(monkeypatch):
+def test_a_reference_is_not_compared_with_itself(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
     with pytest.raises(RotorError, match="this is reference"):
         run(Check("encode", "turbo4", "turbo4", DIM, mx.float32), SMALL)

@@ -19,7 +19,7 @@ def launches(pair: tuple[str, str], tokens: int, arch: str) -> list[Launch]:
     import mlx.core as mx
 
     from mlx_rotor import codec
-    from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, metal
+    from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, metal
     from mlx_rotor.kernels.attention import attend_metal
     from mlx_rotor.kernels.packing import encode_reference
 
@@ -34,12 +34,12 @@ def launches(pair: tuple[str, str], tokens: int, arch: str) -> list[Launch]:
         tiles, scale = encode_reference(made, random(1, KV_HEADS, ENCODED, DIM))
         again = tokens // ENCODED
         sides.append(PackedSide(made, mx.tile(tiles, (1, 1, again, 1)), mx.tile(scale, (1, 1, again))))
-    exact = [ExactRun(random(1, KV_HEADS, n, DIM), random(1, KV_HEADS, n, DIM)) for n in (4, 128)]
+    exact = [ExactSegment(random(1, KV_HEADS, n, DIM), random(1, KV_HEADS, n, DIM)) for n in (4, 128)]
     recorder = Recorder(arch, simulate=False)
     metal.use_maker(recorder)
     try:
-        body = PackedRun(tokens, *sides)
-        mx.eval(attend_metal(random(1, HEADS, 1, DIM), exact[0], [body], exact[1], scale=DIM**-0.5))
+        body = PackedSegment(tokens, *sides)
+        mx.eval(attend_metal(random(1, HEADS, 1, DIM), exact[0], [body], exact[1], AttentionArgs(scale=DIM**-0.5)))
     finally:
         metal.use_maker(None)
     return recorder.launches

@@ -38,7 +38,7 @@ LLOYD, IQ4, Q8 = ("lloyd", 3, 64), ("iq4_nl", 4, 16), ("q8", 8, 32)
 
 
 @pytest.fixture(autouse=True)
-def twins(monkeypatch):
+def references(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
     mx.disable_compile()
     yield
@@ -204,21 +204,21 @@ def test_stock(model):
 
 def test_auto_obeys_what_was_measured(model, monkeypatch):
     monkeypatch.setattr(experts, "backend", lambda: "metal")
-    verdicts = {1: None, 2: None, 4: "slower", 8: "slower"}
+    known = {1: None, 2: None, 4: "slower", 8: "slower"}
     asked = set()
 
     def prefers(key, rows):
         asked.add(key)
-        return verdicts[next(n for n in verdicts if n >= rows)]
+        return known[next(n for n in known if n >= rows)]
 
-    monkeypatch.setattr(experts.verdicts, "prefers_stock", prefers)
+    monkeypatch.setattr(experts.check_results, "prefers_stock", prefers)
     want = logits(model, (4, 2, 1))
     report = attach_experts(model)
     assert asked == {"affine2:32+affine4:32+affine3:32 64x32"}
     assert report.describe().endswith("; layers 0-2: stock for 3-8 tokens at once, faster here")
     assert apart(logits(model, (4, 2, 1)), want) < 1e-5
     assert {(e.counts.fused, e.counts.stock) for e in report.layers} == {(2, 1)}
-    verdicts |= {1: "fused took 2 ms and stock 1", 2: "slower"}
+    known |= {1: "fused took 2 ms and stock 1", 2: "slower"}
     assert attach_experts(model).describe() == "3 layers left to mlx_lm (fused took 2 ms and stock 1)"
     assert "3 layers fused" in attach_experts(model, "fused").describe()
 

@@ -20,7 +20,7 @@ PROMPT = ("--prompt", "The sea", "--max-tokens", "4", "--temp", "0")
 
 
 @pytest.fixture(autouse=True)
-def twins(monkeypatch):
+def references(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
 
 

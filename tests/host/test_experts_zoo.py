@@ -19,7 +19,7 @@ CHANGES = {"gemma4_text": {"enable_moe_block": True, "top_k_experts": 2}}
 
 
 @pytest.fixture(autouse=True)
-def twins(monkeypatch):
+def references(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
     mx.disable_compile()  # which would take a second for each function
     yield

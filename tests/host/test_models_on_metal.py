@@ -1,4 +1,4 @@
-"""Whole models of mlx_lm over the real kernels, in the simulator or on a Mac's GPU: the logits are the twins'."""
+"""Whole models of mlx_lm over the real kernels, in the simulator or on a Mac's GPU: the logits are the references'."""
 
 import mlx.core as mx
 import pytest
@@ -25,7 +25,7 @@ def logits(model, backend, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("architecture", ["llama", "minimax", "gpt_oss"])
-def test_logits_are_the_twins(monkeypatch, architecture):
+def test_logits_are_the_references(monkeypatch, architecture):
     """gpt_oss with its windows compressed, which are of 40 tokens here."""
     monkeypatch.setattr(layers, "SHORTEST_WINDOW", 40)
     model = tiny(architecture, **({"sliding_window": 40} if architecture == "gpt_oss" else {}))

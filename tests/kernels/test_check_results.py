@@ -1,4 +1,4 @@
-"""Verdicts on kernels: what is kept, for which machine, and what a call meets then."""
+"""Check results of kernels: what is kept, for which machine, and what a call meets then."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.experts import formats
-from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, check_results, experts, metal
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, check_results, experts, metal
 from mlx_rotor.kernels.check_results import Failure, Slower
 from mlx_rotor.kernels.spec import PackedWeight
 
@@ -66,7 +66,7 @@ def test_a_check_that_passes_later_is_forgotten_and_others_stay(folder):
     assert [file.name for file in folder.iterdir()] == ["kernels.json"]
 
 
-def test_verdicts_hold_for_one_device_mlx_and_kernels(monkeypatch):
+def test_check_results_hold_for_one_device_mlx_and_kernels(monkeypatch):
     check_results.record([ENCODE.check], [ENCODE])
     here = check_results.key()
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_a_spoilt_file_is_an_error_that_names_it(folder, text):
         lambda: check_results.record(["x"], []),
         lambda: check_results.refuse("encode", mx.float16),
     ):
-        with pytest.raises(RotorError, match=r"kernels\.json is not a file of verdicts"):
+        with pytest.raises(RotorError, match=r"kernels\.json is not a file of check results"):
             use()
 
 
@@ -136,10 +136,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 def test_operations_refuse_what_failed_and_only_on_the_metal_backend(monkeypatch):
     x = mx.random.normal((1, 1, 40, 64)).astype(mx.float16)
     side = PackedSide(TURBO4, *kernels.encode(TURBO4, x))
-    runs = [PackedRun(40, side, side), ExactRun(x, x)]
+    segments = [PackedSegment(40, side, side), ExactSegment(x, x)]
     uses = {
         "encode": lambda: kernels.encode(TURBO4, x),
-        "attend": lambda: kernels.attend(x[:, :, :1], runs, scale=1.0),
+        "attend": lambda: kernels.attend(x[:, :, :1], segments, AttentionArgs(scale=1.0)),
         "dequantize": lambda: kernels.dequantize(side, 0, 40, mx.float16),
     }
     ids = ("turbo4@64",)
@@ -205,7 +205,7 @@ def test_a_spoilt_timing_is_an_error_that_names_the_file(folder, entry):
     folder.mkdir()
     (folder / "kernels.json").write_text(json.dumps({"a": [entry]}))
     for use in (check_results.failures, check_results.slower, lambda: check_results.prefers_stock(KEY, 1)):
-        with pytest.raises(RotorError, match=r"kernels\.json is not a file of verdicts"):
+        with pytest.raises(RotorError, match=r"kernels\.json is not a file of check results"):
             use()
 
 

@@ -1,4 +1,4 @@
-"""Decode attention against its twin, in the simulator: every codec pair of a named scheme, every shape promised."""
+"""Decode attention against its reference, in the simulator: every codec pair of a named scheme, every shape."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +10,7 @@ from kernel_cases import (
     PAIRS,
     SCHEDULES,
     TOLERANCE,
-    attend_runs,
+    attend_segments,
     distance,
     needs_kernels,
     needs_simulator,
@@ -19,24 +19,24 @@ from kernel_cases import (
 )  # fmt: skip
 from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
-from mlx_rotor.kernels import reference
+from mlx_rotor.kernels import AttentionArgs, reference
 
 
-def off(q, runs, **how) -> float:
-    """How far the kernels are from the twin, which computes in float32 from the same inputs."""
+def off(q, segments, **how) -> float:
+    """How far the kernels are from the reference, which computes in float32 from the same inputs."""
     how = {"scale": q.shape[-1] ** -0.5, "mask": "causal", **how}
-    got = attend_runs(q, runs, **how)
+    got = attend_segments(q, segments, **how)
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
-        runs = [run for run in runs if run]
+        segments = [segment for segment in segments if segment]
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), runs, **how)
+        want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
     return distance(got, want)
 
 
-def agree(q, runs, options=None, **how) -> None:
+def agree(q, segments, options=None, **how) -> None:
     with running(options) as simulator:
-        assert off(q, runs, **how) <= TOLERANCE[q.dtype]
+        assert off(q, segments, **how) <= TOLERANCE[q.dtype]
     assert simulator.objections == []
 
 
@@ -85,27 +85,29 @@ def test_values_of_another_dimension():
 
 @needs_kernels
 def test_masks():
-    q, runs = problem(batch=2, queries=2, group=2, length=75)
-    slots = sum(run.length for run in runs)
+    q, segments = problem(batch=2, queries=2, group=2, length=75)
+    slots = sum(segment.length for segment in segments)
     rng = np.random.default_rng(3)
-    agree(q, runs, mask=None)
+    agree(q, segments, mask=None)
     for shape in [(slots,), (2, slots), (2, 1, 2, slots), (1, 4, 1, slots)]:
-        agree(q, runs, mask=mx.array(rng.random(shape) < 0.6))
-        agree(q, runs, mask=mx.array(rng.standard_normal(shape).astype(np.float32)))
+        agree(q, segments, mask=mx.array(rng.random(shape) < 0.6))
+        agree(q, segments, mask=mx.array(rng.standard_normal(shape).astype(np.float32)))
     agree(
-        q.astype(mx.float32), runs, mask=mx.array(np.where(rng.random((2, slots)) < 0.5, 0, -np.inf)).astype(mx.float16)
+        q.astype(mx.float32),
+        segments,
+        mask=mx.array(np.where(rng.random((2, slots)) < 0.5, 0, -np.inf)).astype(mx.float16),
     )
     nothing = mx.zeros((2, slots), mx.bool_)
     with running():
-        assert not np.array(attend_runs(q, runs, scale=1.0, mask=nothing)).any()
+        assert not np.array(attend_segments(q, segments, scale=1.0, mask=nothing)).any()
 
 
 @needs_kernels
 def test_sink_logits():
-    q, runs = problem(group=3)
+    q, segments = problem(group=3)
     for logits in (mx.array([0.5, -2.0, 30.0, 0.0, 1.0, -30.0]), mx.zeros((6,), mx.bfloat16)):
-        agree(q, runs, sinks=logits)
-    agree(*problem(group=4, length=50), sinks=mx.arange(8).astype(mx.float16))
+        agree(q, segments, sink_logits=logits)
+    agree(*problem(group=4, length=50), sink_logits=mx.arange(8).astype(mx.float16))
 
 
 @needs_kernels
@@ -117,19 +119,19 @@ def test_windows(window):
 
 @needs_kernels
 def test_ragged_batches():
-    q, runs = problem(batch=3, queries=2, group=2, length=100)
+    q, segments = problem(batch=3, queries=2, group=2, length=100)
     lengths = mx.array([[4, 100, 37], [4, 33, 5], [2, 0, 0]])
-    agree(q, runs, lengths=lengths)
-    agree(q, runs, lengths=lengths, window=30)
-    agree(q, runs, lengths=lengths, mask=None, sinks=mx.zeros((4,)))
+    agree(q, segments, lengths=lengths)
+    agree(q, segments, lengths=lengths, window=30)
+    agree(q, segments, lengths=lengths, mask=None, sink_logits=mx.zeros((4,)))
 
 
 @needs_kernels
 def test_inputs_of_under_eight_elements():
     """MLX passes them in constant memory: lengths of one batch row, a mask over few slots, logits of few heads."""
-    q, runs = problem(kv_heads=1, group=1, length=3, first=0, recent=2, room=0)
-    agree(q, runs, mask=mx.array([True, False, True, True, True]), sinks=mx.array([0.1]))
-    agree(q, runs, mask=mx.array([0.0, 1.0, 0.5, -1.0, 2.0]))
+    q, segments = problem(kv_heads=1, group=1, length=3, first=0, recent=2, room=0)
+    agree(q, segments, mask=mx.array([True, False, True, True, True]), sink_logits=mx.array([0.1]))
+    agree(q, segments, mask=mx.array([0.0, 1.0, 0.5, -1.0, 2.0]))
 
 
 @needs_simulator
@@ -141,22 +143,24 @@ def test_no_schedule_matters(pair, options):
 
 @needs_kernels
 def test_what_no_kernel_takes_is_named():
-    q, runs = problem()
+    q, segments = problem()
     with pytest.raises(RotorError, match="int32"):
-        attend_runs(q.astype(mx.int32), runs, scale=1.0)
+        attend_segments(q.astype(mx.int32), segments, scale=1.0)
     with pytest.raises(RotorError, match="float16"):
-        attend_runs(q.astype(mx.float16), runs, scale=1.0)
+        attend_segments(q.astype(mx.float16), segments, scale=1.0)
     with pytest.raises(RotorError, match="96"):
-        attend_runs(mx.zeros((1, 6, 1, 96)), runs, scale=1.0)
+        attend_segments(mx.zeros((1, 6, 1, 96)), segments, scale=1.0)
     with pytest.raises(RotorError, match="exact tokens alone"):
-        attend_runs(q, [runs[0], runs[2]], scale=1.0)
+        attend_segments(q, [segments[0], segments[2]], scale=1.0)
 
 
 @needs_kernels
 def test_the_packages_attend_uses_it(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
-    q, runs = problem()
+    q, segments = problem()
     with running() as simulator:
-        got = kernels.attend(q, runs, scale=0.1, mask="causal")
+        got = kernels.attend(q, segments, AttentionArgs(scale=0.1, mask="causal"))
         assert len(simulator.reports) == (2 if SUPPORTED else 0)
-    assert distance(got, reference.attend(q, runs, scale=0.1, mask="causal")) <= TOLERANCE[mx.float32]
+    assert (
+        distance(got, reference.attend(q, segments, AttentionArgs(scale=0.1, mask="causal"))) <= TOLERANCE[mx.float32]
+    )

@@ -1,4 +1,4 @@
-"""The dequantize kernel in the simulator against its twin: every codec, any range of tokens."""
+"""The dequantize kernel in the simulator against its reference: every codec, any range of tokens."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The encode kernel against its twin, bit for bit, in the simulator."""
+"""The encode kernel against its reference, bit for bit, in the simulator."""
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ def same(c, x) -> bool:
 @needs_kernels
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_bits_are_the_twins(name, dim):
+def test_bits_are_the_references(name, dim):
     with running() as simulator:
         assert same(codec.get(name, dim), vectors(37, dim))
     assert simulator.objections == []

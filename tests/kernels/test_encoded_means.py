@@ -1,4 +1,4 @@
-"""Means that are taken off before encoding and added in dequantizing: the kernels against their twins."""
+"""Means that are subtracted before encoding and added in dequantizing: the kernels against their references."""
 
 from dataclasses import replace
 
@@ -86,7 +86,7 @@ def test_the_largest_vectors_fit_with_means():
 
 @needs_kernels
 def test_each_span_is_decoded_with_its_own_mean():
-    """As twin and kernel might share a mistake: what comes out is what went in, but for the codec's error."""
+    """As reference and kernel might share a mistake: what comes out is what went in, but for the codec's error."""
     c, rng = codec.get("trellis4", 80), np.random.default_rng(0)
     centres = np.repeat(50 * rng.standard_normal((1, 2, 4, 80)), 64, axis=2)[:, :, :200]
     noise = rng.standard_normal((1, 2, 200, 80))

@@ -7,18 +7,18 @@ import pytest
 
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.host import attention
-from mlx_rotor.kernels import ExactRun, PackedRun, PackedSide, launch, metal, reference
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, launch, metal, reference
 from mlx_rotor.kernels.segments import in_order
 
 
 def exact(*lengths, heads=2, d=64, batch=2):
-    return [ExactRun(*(mx.random.normal((batch, heads, n, d)) for _ in "kv")) for n in lengths]
+    return [ExactSegment(*(mx.random.normal((batch, heads, n, d)) for _ in "kv")) for n in lengths]
 
 
 def packed(name, length=40, d=64):
     c = codec.get(name, d)
     sides = [PackedSide(c, *kernels.encode(c, mx.random.normal((2, 2, length, d)))) for _ in "kv"]
-    return PackedRun(length, *sides)
+    return PackedSegment(length, *sides)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_an_unknown_backend_is_named(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "vulkan")
     c, x = codec.get("turbo4", 64), mx.ones((1, 2, 3, 64))
     calls = [
-        lambda: kernels.attend(x, exact(3, batch=1), scale=1.0),
+        lambda: kernels.attend(x, exact(3, batch=1), AttentionArgs(scale=1.0)),
         lambda: kernels.encode(c, x),
         lambda: kernels.dequantize(PackedSide(c, mx.zeros((1, 2, 1, 256), mx.uint32), x), 0, 1, mx.float32),
     ]
@@ -92,26 +92,26 @@ def test_no_module_has_an_operations_name():
 
 
 def test_encode_and_attend_launch_kernels(made):
-    run = packed("trellis3")
+    segment = packed("trellis3")
     assert [name.rsplit("_", 1)[0] for name in made] == ["mlx_rotor_encode_trellis3_64"] * 2
-    assert run.k.tiles.shape == (2, 2, 2, 64 * 3) and run.k.scale.shape == (2, 2, 64)
-    out = kernels.attend(mx.ones((2, 4, 1, 64)), [*exact(4), run, *exact(9)], scale=1.0)
+    assert segment.k.tiles.shape == (2, 2, 2, 64 * 3) and segment.k.scale.shape == (2, 2, 64)
+    out = kernels.attend(mx.ones((2, 4, 1, 64)), [*exact(4), segment, *exact(9)], AttentionArgs(scale=1.0))
     assert out.shape == (2, 4, 1, 64) and len(made) > 2
     del made[:]
-    x = kernels.dequantize(run.v, 3, 40, mx.float16)
+    x = kernels.dequantize(segment.v, 3, 40, mx.float16)
     assert x.shape == (2, 2, 37, 64) and x.dtype == mx.float16 and len(made) == 1
 
 
 def test_a_codec_without_a_kernel_is_mlxs_operations(made):
-    """Alone, or as one side of a run whose other side has one."""
-    run, other, q = packed("raw32"), packed("turbo4"), mx.random.normal((2, 4, 1, 64))
+    """Alone, or as one side of a segment whose other side has one."""
+    segment, other, q = packed("raw32"), packed("turbo4"), mx.random.normal((2, 4, 1, 64))
     del made[:]
-    mixed = PackedRun(40, other.k, run.v)
-    for runs in ([run], [mixed], [*exact(4), other, mixed]):
-        out = kernels.attend(q, runs, scale=0.2)
-        assert mx.array_equal(out, reference.attend(q, runs, scale=0.2)) and out.any()
-    shown = kernels.dequantize(run.k, 0, 4, mx.float16)
-    assert mx.array_equal(shown, reference.dequantize(run.k, 0, 4, mx.float16)) and shown.any()
+    mixed = PackedSegment(40, other.k, segment.v)
+    for segments in ([segment], [mixed], [*exact(4), other, mixed]):
+        out = kernels.attend(q, segments, AttentionArgs(scale=0.2))
+        assert mx.array_equal(out, reference.attend(q, segments, AttentionArgs(scale=0.2))) and out.any()
+    shown = kernels.dequantize(segment.k, 0, 4, mx.float16)
+    assert mx.array_equal(shown, reference.dequantize(segment.k, 0, 4, mx.float16)) and shown.any()
     assert not made
 
 
@@ -122,7 +122,7 @@ def test_exact_tokens_alone_go_to_mlxs_attention(made, lengths, wrapped, dtype):
     if wrapped:
         attention.install()
     mx.random.seed(0)
-    runs = [ExactRun(r.k.astype(dtype), r.v.astype(dtype)) for r in exact(*lengths)]
+    segments = [ExactSegment(r.k.astype(dtype), r.v.astype(dtype)) for r in exact(*lengths)]
     q = mx.random.normal((2, 4, 5, 64)).astype(dtype)
     seen = mx.random.uniform(shape=(2, 1, 5, 30)) < 0.7
     seen = seen | (mx.arange(30) == 29)
@@ -132,17 +132,17 @@ def test_exact_tokens_alone_go_to_mlxs_attention(made, lengths, wrapped, dtype):
         {"mask": "causal"},
         {"mask": seen},
         {"mask": mx.random.normal((5, 30)).astype(dtype), "window": 7},
-        {"mask": "causal", "sinks": mx.random.normal((4,)).astype(dtype)},
+        {"mask": "causal", "sink_logits": mx.random.normal((4,)).astype(dtype)},
         {"mask": "causal", "window": 9},
         {"mask": "causal", "window": 300},
-        {"mask": "causal", "window": 9, "kept": True},
-        {"mask": "causal", "window": 2, "kept": True, "lengths": held},
+        {"mask": "causal", "window": 9, "keep_first": True},
+        {"mask": "causal", "window": 2, "keep_first": True, "lengths": held},
         {"mask": "causal", "lengths": held},
         {"mask": mx.ones((5, 1), mx.bool_), "lengths": held, "window": 3},
     ):
-        out = kernels.attend(q, runs, scale=0.2, **options)
+        out = kernels.attend(q, segments, AttentionArgs(scale=0.2, **options))
         assert out.dtype == dtype
-        expected = reference.attend(q, runs, scale=0.2, **options)
+        expected = reference.attend(q, segments, AttentionArgs(scale=0.2, **options))
         assert mx.abs(out - expected).max() < (1e-5 if dtype == mx.float32 else 6e-3), options
     assert not made
 
@@ -157,8 +157,8 @@ def test_runs_in_order():
     assert in_order([a, b]) == (a, [], b)
     assert in_order([b]) == (None, [], b)
     other = packed("turbo4")
-    assert in_order([a, body, PackedRun(0, body.k, body.v), other, b]) == (a, [body, other], b)
+    assert in_order([a, body, PackedSegment(0, body.k, body.v), other, b]) == (a, [body, other], b)
     assert in_order([body, other]) == (None, [body, other], None)
     for wrong in ([a, b, body], [body, b, other], [a, b, a]):
-        with pytest.raises(ValueError, match="exact sinks, packed segments"):
+        with pytest.raises(RotorError, match="exact sink tokens, packed ones"):
             in_order(wrong)

@@ -9,7 +9,7 @@ import pytest
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
-    attend_runs,
+    attend_segments,
     attending,
     barriers,
     distance,
@@ -22,7 +22,7 @@ from kernel_cases import (
 )
 from metal_sim import Options
 from mlx_rotor import RotorError
-from mlx_rotor.kernels import attention, reference
+from mlx_rotor.kernels import AttentionArgs, attention, reference
 
 DECODE, PREFILL = 1, 9  # query rows: with three heads a KV head, what either kernel takes
 CASES = [
@@ -36,9 +36,9 @@ CASES = [
 ]
 
 
-def agree(q, runs, options=None, **how) -> None:
+def agree(q, segments, options=None, **how) -> None:
     with running(options) as simulator:
-        assert attending(q, runs, **how) <= TOLERANCE[q.dtype]
+        assert attending(q, segments, **how) <= TOLERANCE[q.dtype]
     assert simulator.objections == []
 
 
@@ -59,10 +59,10 @@ def test_they_weigh_as_much_as_tokens():
     q, (sinks, body, recent) = problem(length=300, span=64, centred=True)
     how = {"scale": q.shape[-1] ** -0.5}
     with running():
-        whole = attend_runs(q, [sinks, body, recent], **how)
+        whole = attend_segments(q, [sinks, body, recent], **how)
         for side in ("k", "v"):
             less = replace(body, **{side: replace(getattr(body, side), mean=None, span=0)})
-            assert distance(attend_runs(q, [sinks, less, recent], **how), whole) > 0.03
+            assert distance(attend_segments(q, [sinks, less, recent], **how), whole) > 0.03
 
 
 @needs_kernels
@@ -77,33 +77,38 @@ def test_a_split_of_many_groups(queries, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("queries", [2, PREFILL])
 def test_masks_windows_and_ragged_batches(queries):
-    q, runs = problem(batch=2, queries=queries, group=2, length=140, span=64, centred=True, kv_heads=1)
-    slots = sum(run.length for run in runs)
+    q, segments = problem(batch=2, queries=queries, group=2, length=140, span=64, centred=True, kv_heads=1)
+    slots = sum(segment.length for segment in segments)
     rng = np.random.default_rng(3)
-    agree(q, runs, mask=mx.array(rng.random((2, 1, queries, slots)) < 0.6))
-    agree(q, runs, mask=mx.array(rng.standard_normal((queries, slots)).astype(np.float32)), sinks=mx.array([0.5, -1]))
-    agree(q, runs, window=90)
-    agree(q, runs, lengths=mx.array([[4, 140, 37], [2, 33, 0]]), window=50)
+    agree(q, segments, mask=mx.array(rng.random((2, 1, queries, slots)) < 0.6))
+    agree(
+        q,
+        segments,
+        mask=mx.array(rng.standard_normal((queries, slots)).astype(np.float32)),
+        sink_logits=mx.array([0.5, -1]),
+    )
+    agree(q, segments, window=90)
+    agree(q, segments, lengths=mx.array([[4, 140, 37], [2, 33, 0]]), window=50)
 
 
 @needs_kernels
 @pytest.mark.parametrize("queries", [DECODE, PREFILL])
 def test_packed_runs_have_means_of_their_own(queries):
-    q, runs = problem(length=(70, 33, 130), span=32, centred=True, queries=queries, kv_heads=1)
-    agree(q, runs)
+    q, segments = problem(length=(70, 33, 130), span=32, centred=True, queries=queries, kv_heads=1)
+    agree(q, segments)
     bare = problem(length=70, kv_heads=1)[1][1]
-    agree(q, [runs[0], bare, *runs[2:]])
-    if queries == DECODE:  # more runs than MLX passes ends of in constant memory
+    agree(q, [segments[0], bare, *segments[2:]])
+    if queries == DECODE:  # more segments than MLX passes ends of in constant memory
         agree(*problem(length=(32,) * 9, span=0, centred=True, queries=queries, kv_heads=1))
 
 
 @needs_simulator
 def test_a_mean_that_runs_share_is_read_once():
     q, (sinks, first, second, recent) = problem(length=(70, 33), span=32, centred=True, kv_heads=1)
-    runs = [sinks, first, replace(second, v=replace(second.v, mean=first.v.mean)), recent]
-    agree(q, runs)
+    segments = [sinks, first, replace(second, v=replace(second.v, mean=first.v.mean)), recent]
+    agree(q, segments)
     with running(Options(mode="count")) as simulator:
-        attend_runs(q, runs, scale=1.0)
+        attend_segments(q, segments, scale=1.0)
     rows = q.shape[1] * q.shape[2]
     assert simulator.reports[-1][1].buffers["mean"].loaded == rows * q.shape[3] * 2
 
@@ -122,7 +127,7 @@ def test_means_that_do_not_fit_are_named():
 
     def attend(**sides):
         with running():
-            attend_runs(q, [sinks, replace(body, **sides), recent], scale=1.0)
+            attend_segments(q, [sinks, replace(body, **sides), recent], scale=1.0)
 
     with pytest.raises(RotorError, match="multiples of 32"):
         attend(k=replace(body.k, span=48))
@@ -186,7 +191,7 @@ def test_a_loose_bound_or_a_wrong_operation_is_seen(run, path, old, new, monkeyp
         assert objections(run)
 
 
-def test_the_twin_adds_them_to_the_tokens():
+def test_the_reference_adds_them_to_the_tokens():
     """K's to each group of tokens, V's to all, in the codec's basis."""
     q, (_, body, _) = problem(length=130, span=64, centred=True, first=0, recent=0)
     k, v = (np.array(side.codec.decode_rotated(side.packed(0, 130))) for side in (body.k, body.v))
@@ -195,6 +200,6 @@ def test_the_twin_adds_them_to_the_tokens():
         v[:, :, token] += np.array(body.v.mean)[:, :, 0]
     k, v = (side.codec.unrotate(mx.array(x)) for side, x in ((body.k, k), (body.v, v)))
     want = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2)
-    assert mx.abs(reference.attend(q, [body], scale=0.2) - want).max() < 1e-5
+    assert mx.abs(reference.attend(q, [body], AttentionArgs(scale=0.2)) - want).max() < 1e-5
     for side, x in ((body.k, k), (body.v, v)):
         assert mx.allclose(reference.dequantize(side, 33, 100, mx.float32), x[:, :, 33:100], atol=1e-5)

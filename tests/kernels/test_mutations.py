@@ -1,20 +1,20 @@
 """Mistakes planted in the kernels one at a time: without a barrier, with a loose bound or a wrong operation, the
-simulator or the comparison with the twin must object."""
+simulator or the comparison with the reference must object."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import attend_runs, barriers, distance, mutated, needs_simulator, objections, problem, vectors
+from kernel_cases import attend_segments, barriers, distance, mutated, needs_simulator, objections, problem, vectors
 from mlx_rotor import codec
-from mlx_rotor.kernels import reference
+from mlx_rotor.kernels import AttentionArgs, reference
 from mlx_rotor.kernels.packing import encode_metal, encode_reference
 
 pytestmark = needs_simulator
 
 
 def encoding(name, dim):
-    """How far the kernel's words and scales are from the twin's, with means: 0 or 1."""
+    """How far the kernel's words and scales are from the reference's, with means: 0 or 1."""
 
     def run():
         c, x = codec.get(name, dim), vectors(37, dim)
@@ -27,13 +27,15 @@ def encoding(name, dim):
 
 def attending(pair, dim, causal=False, **changes):
     def run():
-        q, runs = problem(pair, dim, **{"length": 230, "group": 3, "queries": 2, "recent": 70, **changes})
+        q, segments = problem(pair, dim, **{"length": 230, "group": 3, "queries": 2, "recent": 70, **changes})
         rng = np.random.default_rng(5)
-        slots = sum(run.length for run in runs if run)
+        slots = sum(segment.length for segment in segments if segment)
         mask = mx.array(np.where(rng.random((2, slots)) < 0.9, rng.random((2, slots)), -np.inf).astype(np.float32))
         logits = mx.linspace(-1, 1, q.shape[1])
-        how = {"scale": q.shape[-1] ** -0.5, "mask": "causal" if causal else mask, "sinks": logits, "window": 250}
-        return distance(attend_runs(q, runs, **how), reference.attend(q, [r for r in runs if r], **how))
+        how = {"scale": q.shape[-1] ** -0.5, "mask": "causal" if causal else mask, "sink_logits": logits, "window": 250}
+        return distance(
+            attend_segments(q, segments, **how), reference.attend(q, [r for r in segments if r], AttentionArgs(**how))
+        )
 
     return run
 

@@ -1,4 +1,4 @@
-"""Prefill attention in the simulator against its twin: many query rows, every codec, head dimension and dtype."""
+"""Prefill attention in the simulator against its reference: many query rows, every codec, head dimension and dtype."""
 
 import mlx.core as mx
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
-    attend_runs,
+    attend_segments,
     barriers,
     distance,
     mutated,
@@ -18,7 +18,7 @@ from kernel_cases import (
     running,
 )
 from mlx_rotor import RotorError
-from mlx_rotor.kernels import prefill, reference
+from mlx_rotor.kernels import AttentionArgs, prefill, reference
 
 # Every codec as K and as V, every head dimension, every dtype: pairs of them, not all triples.
 CASES = [
@@ -39,19 +39,19 @@ CASES = [
 ]
 
 
-def off(q, runs, **how) -> float:
+def off(q, segments, **how) -> float:
     how = {"scale": q.shape[-1] ** -0.5, "mask": "causal", **how}
-    got = attend_runs(q, runs, **how)
+    got = attend_segments(q, segments, **how)
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
-        runs = [run for run in runs if run]
-    return distance(got, reference.attend(q.astype(mx.float32), runs, **how))
+        segments = [segment for segment in segments if segment]
+    return distance(got, reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how)))
 
 
-def agree(q, runs, options=None, **how):
+def agree(q, segments, options=None, **how):
     """Checks, with the prefill kernel, and gives its reports."""
     with running(options) as simulator:
-        assert off(q, runs, **how) <= TOLERANCE[q.dtype]
+        assert off(q, segments, **how) <= TOLERANCE[q.dtype]
     assert simulator.objections == []
     return [report for name, report in simulator.reports if "prefill" in name]
 
@@ -96,21 +96,21 @@ def test_speculative_rows_take_it_too():
 
 @needs_kernels
 def test_masks():
-    q, runs = problem(batch=2, queries=9, group=2, length=45)
-    slots = sum(run.length for run in runs)
+    q, segments = problem(batch=2, queries=9, group=2, length=45)
+    slots = sum(segment.length for segment in segments)
     rng = np.random.default_rng(3)
     for shape in [(9, slots), (1, 4, 1, slots)]:
-        agree(q, runs, mask=mx.array(rng.random(shape) < 0.6))
-    agree(q, runs, mask=mx.array(rng.standard_normal((2, 1, 9, slots)).astype(np.float32)))
-    agree(q, runs, mask=mx.array(np.where(rng.random((9, slots)) < 0.5, 0, -np.inf)).astype(mx.float16))
+        agree(q, segments, mask=mx.array(rng.random(shape) < 0.6))
+    agree(q, segments, mask=mx.array(rng.standard_normal((2, 1, 9, slots)).astype(np.float32)))
+    agree(q, segments, mask=mx.array(np.where(rng.random((9, slots)) < 0.5, 0, -np.inf)).astype(mx.float16))
     with running():
-        assert not np.array(attend_runs(q, runs, scale=1.0, mask=mx.zeros((9, slots), mx.bool_))).any()
+        assert not np.array(attend_segments(q, segments, scale=1.0, mask=mx.zeros((9, slots), mx.bool_))).any()
 
 
 @needs_kernels
 def test_sink_logits():
-    q, runs = problem(group=3, queries=9)
-    agree(q, runs, sinks=mx.array([0.5, -2.0, 30.0, 0.0, 1.0, -30.0]))
+    q, segments = problem(group=3, queries=9)
+    agree(q, segments, sink_logits=mx.array([0.5, -2.0, 30.0, 0.0, 1.0, -30.0]))
 
 
 @needs_kernels
@@ -129,42 +129,42 @@ def test_a_chunk_longer_than_the_exact_tokens():
 
 @needs_kernels
 def test_ragged_batches():
-    q, runs = problem(batch=3, queries=12, group=2, length=100)
+    q, segments = problem(batch=3, queries=12, group=2, length=100)
     lengths = mx.array([[4, 100, 37], [4, 33, 5], [2, 0, 0]])
-    agree(q, runs, lengths=lengths)
-    agree(q, runs, lengths=lengths, window=30)
-    agree(q, runs, lengths=lengths, mask=None, sinks=mx.zeros((4,)))
+    agree(q, segments, lengths=lengths)
+    agree(q, segments, lengths=lengths, window=30)
+    agree(q, segments, lengths=lengths, mask=None, sink_logits=mx.zeros((4,)))
 
 
 @needs_kernels
 def test_layouts():
     """Queries with every element a step apart; the exact tokens of `problem` are transposed and cut already."""
-    q, runs = problem(("turbo4", "turbo2"), 64, 50, queries=9)
+    q, segments = problem(("turbo4", "turbo2"), 64, 50, queries=9)
     wide = mx.repeat(q, 2, axis=-1)
-    agree(wide[..., ::2], runs)
-    agree(mx.contiguous(q), runs)
+    agree(wide[..., ::2], segments)
+    agree(mx.contiguous(q), segments)
 
 
 @needs_kernels
 def test_long_chunks_in_pieces(monkeypatch):
-    q, runs = problem(batch=2, queries=23, length=60, group=2)
-    assert len(agree(q, runs)) == 1
+    q, segments = problem(batch=2, queries=23, length=60, group=2)
+    assert len(agree(q, segments)) == 1
     monkeypatch.setattr(prefill, "PARTIAL_BYTES", 10 * 4 * q.shape[0] * q.shape[1] * 2 * 64)
-    assert len(agree(q, runs)) == 3  # of 10, 10 and 3 queries
-    agree(q, runs, window=25, lengths=mx.array([[4, 60, 37], [1, 10, 0]]))
-    slots = sum(run.length for run in runs)
+    assert len(agree(q, segments)) == 3  # of 10, 10 and 3 queries
+    agree(q, segments, window=25, lengths=mx.array([[4, 60, 37], [1, 10, 0]]))
+    slots = sum(segment.length for segment in segments)
     for shape in [(23, slots), (1, 4, 1, slots)]:
-        agree(q, runs, mask=mx.array(np.random.default_rng(0).random(shape) < 0.7))
+        agree(q, segments, mask=mx.array(np.random.default_rng(0).random(shape) < 0.7))
 
 
 @needs_kernels
 def test_splits(monkeypatch):
     """More than the body has tiles too, and some that no query sees."""
-    q, runs = problem(queries=20, length=300, group=2)
+    q, segments = problem(queries=20, length=300, group=2)
     for count in (2, 3, 16):
         monkeypatch.setattr(prefill, "splits_for", lambda *_, count=count: count)
-        agree(q, runs)
-    agree(q, runs, window=90)
+        agree(q, segments)
+    agree(q, segments, window=90)
 
 
 def test_how_work_is_cut():
@@ -200,10 +200,10 @@ def body_bytes(run, tokens):
 @needs_simulator
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
 def test_packed_words_are_loaded_once_for_a_block_of_rows(dtype):
-    q, runs = problem(("turbo4", "turbo2"), 128, 160, queries=24, group=4, dtype=dtype)
-    (report,) = agree(q, runs)
+    q, segments = problem(("turbo4", "turbo2"), 128, 160, queries=24, group=4, dtype=dtype)
+    (report,) = agree(q, segments)
     blocks, heads = 3, 2
-    k, v = (blocks * heads * size for size in body_bytes(runs[1], 160))
+    k, v = (blocks * heads * size for size in body_bytes(segments[1], 160))
     assert (report.buffers["k_tiles"].loaded, report.buffers["v_tiles"].loaded) == (k, v)
     assert report.buffers["k_scale"].loaded == blocks * heads * 160 * 2
     # Exact tokens of float32 leave room for steps of 16 tokens: half a line of words.
@@ -212,9 +212,9 @@ def test_packed_words_are_loaded_once_for_a_block_of_rows(dtype):
 
 @needs_simulator
 def test_a_trellis_loads_three_words_more_a_thread():
-    q, runs = problem(("trellis4", "trellis3"), 128, 160, queries=24, group=4, dtype=mx.float16)
-    (report,) = agree(q, runs)
-    for name, size in zip(("k_tiles", "v_tiles"), body_bytes(runs[1], 160), strict=True):
+    q, segments = problem(("trellis4", "trellis3"), 128, 160, queries=24, group=4, dtype=mx.float16)
+    (report,) = agree(q, segments)
+    for name, size in zip(("k_tiles", "v_tiles"), body_bytes(segments[1], 160), strict=True):
         once = 3 * 2 * size
         assert once < report.buffers[name].loaded <= 2.5 * once
         assert report.buffers[name].per_group <= 1.01 * once
@@ -222,24 +222,24 @@ def test_a_trellis_loads_three_words_more_a_thread():
 
 @needs_simulator
 def test_tiles_that_no_row_sees_are_not_loaded():
-    q, runs = problem(("turbo4", "turbo2"), 64, 640, queries=64, group=1, kv_heads=1, recent=0, first=0)
-    one_tile = 4 * runs[1].k.tiles.shape[-1]
-    (report,) = agree(q, runs, window=32)  # rows 0 to 31 see 31 tokens before their own, rows 32 to 63 too
+    q, segments = problem(("turbo4", "turbo2"), 64, 640, queries=64, group=1, kv_heads=1, recent=0, first=0)
+    one_tile = 4 * segments[1].k.tiles.shape[-1]
+    (report,) = agree(q, segments, window=32)  # rows 0 to 31 see 31 tokens before their own, rows 32 to 63 too
     assert report.buffers["k_tiles"].loaded == 4 * one_tile
-    (report,) = agree(q, runs)
+    (report,) = agree(q, segments)
     assert report.buffers["k_tiles"].loaded == (19 + 20) * one_tile
 
 
 @needs_kernels
 def test_what_it_does_not_take_is_named():
-    q, runs = problem(("turbo4", "turbo2"), 512, 3, queries=9)
+    q, segments = problem(("turbo4", "turbo2"), 512, 3, queries=9)
     with running(), pytest.raises(RotorError, match="256, not 512"):
-        attend_runs(q, runs, scale=1.0)
+        attend_segments(q, segments, scale=1.0)
 
 
 def attending():
-    q, runs = problem(("trellis3", "turbo3"), 80, 230, group=4, queries=12, recent=46, first=3, kv_heads=1)
-    return max(off(q, runs, window=window) for window in (None, 46))
+    q, segments = problem(("trellis3", "turbo3"), 80, 230, group=4, queries=12, recent=46, first=3, kv_heads=1)
+    return max(off(q, segments, window=window) for window in (None, 46))
 
 
 def attending_to_packed_ones_own():
@@ -247,8 +247,8 @@ def attending_to_packed_ones_own():
 
 
 def attending_masked():
-    q, runs = problem(group=3, queries=5)
-    return off(q, runs, mask=mx.array(np.random.default_rng(5).random((1, 6, 5, 141)) < 0.7))
+    q, segments = problem(group=3, queries=5)
+    return off(q, segments, mask=mx.array(np.random.default_rng(5).random((1, 6, 5, 141)) < 0.7))
 
 
 ATTEND, OWN, MASKED = attending, attending_to_packed_ones_own, attending_masked

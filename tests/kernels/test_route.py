@@ -1,4 +1,4 @@
-"""The route kernel in the simulator against its twin: shapes, dtypes, layouts, ties, mutations."""
+"""The route kernel in the simulator against its reference: shapes, dtypes, layouts, ties, mutations."""
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +40,7 @@ def correction(experts, dtype=mx.float32):
 
 
 def off(x, k, how, bias=None, dtype=None):
-    """How far weights are from the twin's, infinitely where another expert is chosen."""
+    """How far weights are from the reference's, infinitely where another expert is chosen."""
     indices, weights = route_metal(x, k, how, bias, dtype)
     want_indices, want = route_reference(x, k, how, bias, dtype, partition=sorted_partition)
     assert (weights.dtype, indices.dtype) == (want.dtype, mx.uint32)
@@ -163,7 +163,7 @@ def test_the_backend_decides_and_a_kernel_that_failed_is_refused(monkeypatch, tm
     check_results.forget()
 
 
-def twin_groups():
+def equal_groups():
     """Two of the four groups are alike, and some compared values are below 0, which dropped ones become."""
     x, bias = np.array(logits(2, 24)), np.array(correction(24)) - 1
     x[:, 6:12], bias[6:12] = x[:, 12:18], bias[12:18]
@@ -196,7 +196,7 @@ def zeros_and_ones(experts):
     return mx.array(rng.choice(np.array([-1, -0.0, 0.0, 1], np.float32), (2, experts), p=[0.5, 0.25, 0.24, 0.01]))
 
 
-CASES = {case.__name__: case for case in (twin_groups, two_best, best_groups, of_all, of_chosen)}
+CASES = {case.__name__: case for case in (equal_groups, two_best, best_groups, of_all, of_chosen)}
 
 
 @needs_simulator
@@ -209,7 +209,7 @@ def test_nothing_is_wrong_without_a_mistake(case):
 @pytest.mark.parametrize(("path", "call", "at"), barriers("experts/route.h"), ids=lambda x: str(x)[:24])
 def test_a_missing_barrier_is_seen(path, call, at, monkeypatch, tmp_path):
     with mutated(monkeypatch, tmp_path, path, call, "", at):
-        assert objections(twin_groups)
+        assert objections(equal_groups)
 
 
 @needs_simulator
@@ -218,26 +218,26 @@ def test_a_missing_barrier_is_seen(path, call, at, monkeypatch, tmp_path):
     [
         ("of_chosen", "(bits >> 31) ? ~bits : bits | 0x80000000u", "bits"),
         ("of_chosen", "size == 0 ? 0x80000000u : place", "place"),
-        ("twin_groups", "(x < 0) ? y : 1 - y", "(x < 0) ? 1 - y : y"),
+        ("equal_groups", "(x < 0) ? y : 1 - y", "(x < 0) ? 1 - y : y"),
         ("of_all", "4 * lane + slot % 4", "4 * lane + slot % 3"),
         ("of_all", "lane == block ? sum : mine", "sum"),
         ("of_all", "How::E ? A(metal::fast", "500 ? A(metal::fast"),
-        ("twin_groups", "place > second", "place > first"),
+        ("equal_groups", "place > second", "place > first"),
         ("two_best", "next = best;", ""),
         ("best_groups", "How::BEST_OF == 1 ?", "How::BEST_OF == 3 ?"),
-        ("twin_groups", "&& group < lane", ""),
+        ("equal_groups", "&& group < lane", ""),
         ("two_best", "&& group < lane", "&& group > lane"),
-        ("twin_groups", "before >= How::GROUPS - How::KEPT", "before > How::GROUPS - How::KEPT"),
-        ("twin_groups", "value[i] : R(0);", "value[i] : R(-9);"),
+        ("equal_groups", "before >= How::GROUPS - How::KEPT", "before > How::GROUPS - How::KEPT"),
+        ("equal_groups", "value[i] : R(0);", "value[i] : R(-9);"),
         ("of_chosen", "i = 4 * lane; i < 4 * lane + 4", "i = 4 * lane; i < 4 * lane + 3"),
-        ("twin_groups", "chosen[i] + sum", "chosen[0] + sum"),
+        ("equal_groups", "chosen[i] + sum", "chosen[0] + sum"),
         ("best_groups", "sum < S(floor) ? S(floor) : sum", "sum"),
-        ("twin_groups", "S(sum + S(epsilon))", "sum"),
-        ("twin_groups", "weight * S(scaling)", "weight"),
+        ("equal_groups", "S(sum + S(epsilon))", "sum"),
+        ("equal_groups", "weight * S(scaling)", "weight"),
         ("of_all", "e < How::E ? S(logits", "e <= How::E ? S(logits"),
-        ("twin_groups", "e < How::E ? R(R(score", "e <= How::E ? R(R(score"),
-        ("twin_groups", "R(score[i]) + R(bias[e])", "R(score[i])"),
-        ("twin_groups", "chosen[position] = score[i]", "chosen[position] = S(value[i])"),
+        ("equal_groups", "e < How::E ? R(R(score", "e <= How::E ? R(R(score"),
+        ("equal_groups", "R(score[i]) + R(bias[e])", "R(score[i])"),
+        ("equal_groups", "chosen[position] = score[i]", "chosen[position] = S(value[i])"),
         ("of_all", "? place : 0;", "? place : 0xffffffffu;"),
         ("of_all", "rank[i] >= best :", "rank[i] > best :"),
         ("of_chosen", "rank[i] > best;", "rank[i] >= best;"),

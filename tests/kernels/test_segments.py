@@ -1,5 +1,4 @@
-"""Bodies in several packed runs, sinks that are seen whatever the window, and codecs without scales, in the attention
-kernels."""
+"""Attention kernels: bodies in several packed segments, sink tokens seen whatever the window, codecs without scales."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
-    attend_runs,
+    attend_segments,
     attending,
     distance,
     mutated,
@@ -20,15 +19,15 @@ from kernel_cases import (
 )
 from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
-from mlx_rotor.kernels import attention, prefill, reference
+from mlx_rotor.kernels import AttentionArgs, attention, prefill, reference
 
 DECODE, PREFILL = 2, 9  # query rows: with two or three heads a KV head, what either kernel takes
 
 
-def agree(q, runs, options=None, **how) -> list[str]:
+def agree(q, segments, options=None, **how) -> list[str]:
     """Checks, and gives the names of what was launched."""
     with running(options) as simulator:
-        assert attending(q, runs, **how) <= TOLERANCE[q.dtype]
+        assert attending(q, segments, **how) <= TOLERANCE[q.dtype]
     assert simulator.objections == []
     return [name.split("_")[2] for name, _ in simulator.reports]
 
@@ -57,12 +56,17 @@ def test_with_and_without_exact_tokens(queries):
 @needs_kernels
 @pytest.mark.parametrize("queries", [DECODE, PREFILL])
 def test_a_mask_is_read_where_the_run_is(queries):
-    q, runs = problem(batch=2, queries=queries, group=2, length=(45, 32, 20), kv_heads=1)
-    slots = sum(run.length for run in runs)
+    q, segments = problem(batch=2, queries=queries, group=2, length=(45, 32, 20), kv_heads=1)
+    slots = sum(segment.length for segment in segments)
     rng = np.random.default_rng(3)
     for shape in [(slots,), (2, 1, queries, slots), (1, 2, 1, slots)]:
-        agree(q, runs, mask=mx.array(rng.random(shape) < 0.6))
-    agree(q, runs, mask=mx.array(rng.standard_normal((queries, slots)).astype(np.float16)), sinks=mx.array([0.5, -1]))
+        agree(q, segments, mask=mx.array(rng.random(shape) < 0.6))
+    agree(
+        q,
+        segments,
+        mask=mx.array(rng.standard_normal((queries, slots)).astype(np.float16)),
+        sink_logits=mx.array([0.5, -1]),
+    )
 
 
 @needs_kernels
@@ -70,31 +74,31 @@ def test_a_mask_is_read_where_the_run_is(queries):
 @pytest.mark.parametrize("queries", [DECODE, 20])
 @pytest.mark.parametrize("lengths", [(130,), (45, 32, 53)])
 def test_windows_and_sinks_that_stay(lengths, queries, kept):
-    q, runs = problem(queries=queries, length=lengths, group=2, recent=30, kv_heads=1)
+    q, segments = problem(queries=queries, length=lengths, group=2, recent=30, kv_heads=1)
     for window in (3, 100):
-        agree(q, runs, window=window, kept=kept)
-    agree(q, runs, window=40, kept=kept, mask=None)
+        agree(q, segments, window=window, keep_first=kept)
+    agree(q, segments, window=40, keep_first=kept, mask=None)
     if kept:
-        q, runs = problem(queries=queries, length=lengths, group=2, first=0, recent=30, kv_heads=1)
-        agree(q, runs, window=25, kept=kept)
+        q, segments = problem(queries=queries, length=lengths, group=2, first=0, recent=30, kv_heads=1)
+        agree(q, segments, window=25, keep_first=kept)
 
 
 @needs_kernels
 @pytest.mark.parametrize("queries", [DECODE, 20])
 def test_ragged_batches_keep_their_own_sinks(queries):
-    q, runs = problem(batch=3, queries=queries, group=2, length=100, kv_heads=1)
-    agree(q, runs, lengths=mx.array([[4, 100, 37], [2, 60, 5], [3, 0, 37]]), window=12, kept=True)
+    q, segments = problem(batch=3, queries=queries, group=2, length=100, kv_heads=1)
+    agree(q, segments, lengths=mx.array([[4, 100, 37], [2, 60, 5], [3, 0, 37]]), window=12, keep_first=True)
 
 
 @needs_kernels
 def test_queries_whose_own_tokens_are_packed():
-    """Rows of a block that end in different runs, and chunks in pieces."""
+    """Rows of a block that end in different segments, and chunks in pieces."""
     agree(*problem(queries=70, length=(40, 45, 25), group=1, recent=5, kv_heads=1))
-    q, runs = problem(queries=23, length=(40, 33), group=2, recent=3, kv_heads=1)
-    whole = agree(q, runs)
+    q, segments = problem(queries=23, length=(40, 33), group=2, recent=3, kv_heads=1)
+    whole = agree(q, segments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "PARTIAL_BYTES", 10 * 4 * 2 * 3 * 64)
-        pieces = agree(q, runs, window=30, kept=True)
+        pieces = agree(q, segments, window=30, keep_first=True)
     if SUPPORTED:
         assert sorted(whole) == ["merge", "prefill", "prefill", "rotate"] and sorted(pieces) == sorted(3 * whole)
 
@@ -109,8 +113,8 @@ def test_a_launch_for_each_and_one_more():
 @pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
 @pytest.mark.parametrize("queries", [DECODE, PREFILL])
 def test_no_schedule_matters(queries, options):
-    q, runs = problem(("trellis3", "turbo2"), 80, (300, 70), queries=queries, group=3, recent=40, kv_heads=1)
-    agree(q, runs, options=options, window=200, kept=True)
+    q, segments = problem(("trellis3", "turbo2"), 80, (300, 70), queries=queries, group=3, recent=40, kv_heads=1)
+    agree(q, segments, options=options, window=200, keep_first=True)
 
 
 @needs_kernels
@@ -139,27 +143,29 @@ def test_splits_are_shared_by_length():
 
 
 def test_what_no_kernel_takes_is_named():
-    q, runs = problem(length=(40, 33))
-    with pytest.raises(RotorError, match="25 packed runs; the kernels take up to 24"):
-        attend_runs(q, [runs[0], *[runs[1]] * 25, runs[-1]], scale=1.0)
-    with pytest.raises(RotorError, match="lengths go with one packed run, not with 2"):
-        attend_runs(q, runs, scale=1.0, lengths=mx.array([[4, 73, 37]]))
+    q, segments = problem(length=(40, 33))
+    with pytest.raises(RotorError, match="25 packed segments; the kernels take up to 24"):
+        attend_segments(q, [segments[0], *[segments[1]] * 25, segments[-1]], scale=1.0)
+    with pytest.raises(RotorError, match="lengths go with one packed segment, not with 2"):
+        attend_segments(q, segments, scale=1.0, lengths=mx.array([[4, 73, 37]]))
     other = problem(("turbo3", "turbo2"), length=40)[1][1]
     with pytest.raises(RotorError, match=r"same codecs; these have .*turbo3.*turbo4"):
-        attend_runs(q, [runs[0], runs[1], other, runs[-1]], scale=1.0)
+        attend_segments(q, [segments[0], segments[1], other, segments[-1]], scale=1.0)
 
 
 @needs_kernels
 def test_the_packages_attend_takes_them(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
-    q, runs = problem(length=(40, 33))
-    how = {"scale": 0.1, "mask": "causal", "window": 20, "kept": True}
+    q, segments = problem(length=(40, 33))
+    how = {"scale": 0.1, "mask": "causal", "window": 20, "keep_first": True}
     with running() as simulator:
-        got = kernels.attend(q, runs, **how)
+        got = kernels.attend(q, segments, AttentionArgs(**how))
         assert len(simulator.reports) == (3 if SUPPORTED else 0)
-        exact = kernels.attend(q, [runs[0], runs[-1]], **how)
-    assert distance(got, reference.attend(q, runs, **how)) <= TOLERANCE[mx.float32]
-    assert distance(exact, reference.attend(q, [runs[0], runs[-1]], **how)) <= TOLERANCE[mx.float32]
+        exact = kernels.attend(q, [segments[0], segments[-1]], AttentionArgs(**how))
+    assert distance(got, reference.attend(q, segments, AttentionArgs(**how))) <= TOLERANCE[mx.float32]
+    assert (
+        distance(exact, reference.attend(q, [segments[0], segments[-1]], AttentionArgs(**how))) <= TOLERANCE[mx.float32]
+    )
 
 
 def case(queries, first=3, **how):
@@ -167,7 +173,7 @@ def case(queries, first=3, **how):
 
 
 # A step of the prefill kernel that is of sinks alone.
-FEW, MANY = case(DECODE, window=60, kept=True), case(20, first=33, window=60, kept=True)
+FEW, MANY = case(DECODE, window=60, keep_first=True), case(20, first=33, window=60, keep_first=True)
 WINDOW = case(DECODE, window=60)
 MASKED = case(DECODE, mask=mx.array(np.random.default_rng(5).random((DECODE, 216)) < 0.7))
 

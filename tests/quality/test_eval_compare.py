@@ -199,5 +199,5 @@ def test_targets(checkpoints, tmp_path):
     assert Target.parse(None).where == "bundled" and Target.parse(a).where == a
     assert Target.parse(None) == Target.parse("bundled")
     assert Target.parse("someone/model-4bit") == Target("someone/model-4bit", "someone/model-4bit")
-    twins = [Target("m", "/x/m"), Target("m", "/y/m"), Target("m", "/x/m"), Target("n", "/n")]
-    assert module.unique(twins) == [Target("/x/m", "/x/m"), Target("/y/m", "/y/m"), Target("n", "/n")]
+    alike = [Target("m", "/x/m"), Target("m", "/y/m"), Target("m", "/x/m"), Target("n", "/n")]
+    assert module.unique(alike) == [Target("/x/m", "/x/m"), Target("/y/m", "/y/m"), Target("n", "/n")]

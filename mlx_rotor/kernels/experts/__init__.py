@@ -1,4 +1,4 @@
-"""Products with packed weights, and a layer's experts: each operation picks a backend, and runs its kernel or twin."""
+"""Products with packed weights, and a layer's experts: each operation runs its kernel or its reference."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The projections into experts and the activation, for few tokens: the Metal launch. Its twin: `reference.gate_up`.
+"""Projections into experts and the activation, for few tokens: the Metal launch. Its reference: `reference.gate_up`.
 
-The projections out of experts and their sum, for few tokens: the Metal launch. Its twin: `reference.down`.
+The projections out of experts and their sum, for few tokens: the Metal launch. Its reference: `reference.down`.
 
-A packed matrix times few rows of x: the Metal launch. Its twin: `reference.matmul`.
+A packed matrix times few rows of x: the Metal launch. Its reference: `reference.matmul`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Twins of the expert kernels in plain mx operations, float32 inside."""
+"""References of the expert kernels in plain mx operations, float32 inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A token's experts and their weights from its router logits: how a model chooses, the kernel, its twin."""
+"""A token's experts and their weights from its router logits: how a model chooses, the kernel, its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels, not twins, behind the operations that pick one."""
+"""Kernels, not references, behind the operations that pick one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The projections out of experts and their sum, against the twin; experts not chosen have no numbers."""
+"""The projections out of experts and their sum, against the reference; experts not chosen have no numbers."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""Mistakes planted one at a time in the kernels for few rows: simulator or twin must object."""
+"""Mistakes planted one at a time in the kernels for few rows: simulator or reference must object."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""Both projections into experts and the activation, against the twin; experts not chosen have no numbers."""
+"""Both projections into experts and the activation, against the reference; experts not chosen have no numbers."""
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +28,7 @@ def test_activations(activation, bias):
 @needs_kernels
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gpt_oss"])
 def test_activations_far_out(activation):
-    """No infinity and no other number than the twin's where an exponential would overflow."""
+    """No infinity and no other number than the reference's where an exponential would overflow."""
     gate, up = stacks(("affine", 4, 32), ("affine", 4, 32), 9, 64)
     agree(gate_up_off, 300 * normal(2, 64), gate, up, INDICES, activation)
 

@@ -1,4 +1,4 @@
-"""A packed matrix times few rows, in the simulator, against the twin."""
+"""A packed matrix times few rows, in the simulator, against the reference."""
 
 import mlx.core as mx
 import numpy as np

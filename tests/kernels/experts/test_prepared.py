@@ -76,7 +76,7 @@ def test_a_launch_is_planned_once_for_a_shape_and_a_dtype(name, layer, launched,
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_verdicts_are_obeyed_after_planning(name, layer, launched):
+def test_check_results_are_obeyed_after_planning(name, layer, launched):
     layer.append(weights(NAME, (8,), 64))
     _, call = CALLS[name]
     call(layer, normal(1, 64))

@@ -1,4 +1,4 @@
-"""Many rows, each times its expert, in the simulator, against the twin."""
+"""Many rows, each times its expert, in the simulator, against the reference."""
 
 from dataclasses import replace
 

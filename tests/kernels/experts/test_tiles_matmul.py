@@ -1,4 +1,4 @@
-"""Many rows times one packed matrix, in the simulator, against the twin."""
+"""Many rows times one packed matrix, in the simulator, against the reference."""
 
 import mlx.core as mx
 import numpy as np

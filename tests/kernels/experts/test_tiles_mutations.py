@@ -1,4 +1,4 @@
-"""Mistakes planted in the tiled kernels one at a time: the simulator or the comparison with the twin must object."""
+"""Mistakes planted in the tiled kernels one at a time: simulator or reference must object."""
 
 import mlx.core as mx
 import numpy as np

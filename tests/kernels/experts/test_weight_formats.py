@@ -1,4 +1,4 @@
-"""Weight formats in Metal: what `expand` gives is the twin's to the bit, and affine's is MLX's own."""
+"""Weight formats in Metal: what `expand` gives is the reference's to the bit, and affine's is MLX's own."""
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +40,7 @@ def expanded(w) -> mx.array:
 
 
 def wrong(w, options=None) -> int:
-    """Weights that differ from the twin's, or objections."""
+    """Weights that differ from the reference's, or objections."""
     with running(options) as simulator:
         got = np.array(expanded(w))
     return int((got != np.array(w.decoded())).sum()) + len(simulator.objections)
