@@ -1,43 +1,82 @@
-"""`python -m mlx_rotor <command>`, also installed as `mlx_rotor <command>`."""
+"""`python -m mlx_rotor <command>`, also installed as `mlx_rotor <command>`.
+
+A command is a module or folder of this package with a function `main(argv)`; what it says of itself in `HELP`, or in
+the second half of its docstring's first line, is its line in the list. Both are read without importing it.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-COMMANDS = {
-    "generate": "generate text through a compressed KV cache",
-    "server": "an OpenAI-compatible server whose models run through compressed KV caches",
-    "cache_prompt": "keep a prompt's compressed KV cache in a file",
-    "quantize": "turn a checkpoint into MLX safetensors, bits by policy or for a size; check one; write its card",
-    "evaluate": "what compression cost: perplexity, KL divergence, needle retrieval",
-    "doctor": "versions, device, backends and why; on a Mac, checks and times every kernel",
-    "benchmark": "parts measured: codecs, caches, experts; weight fits, quantize jobs, policies",
-    "demo": "quantize the bundled model, run it through a compressed KV cache, show saving and cost",
-}
+from .cli.arguments import closest
+from .cli.command import run
+
+HERE = Path(__file__).parent
+ALIASES = {"serve": "server"}
 
 
-def main() -> int:
-    argv = sys.argv[1:]
-    if argv and argv[0] in ("-V", "--version"):
+def commands() -> dict[str, tuple[str, str]]:
+    """(module, help line) of every command by name, in alphabetical order."""
+    found = {}
+    for file in sorted([*HERE.glob("*.py"), *HERE.glob("*/__main__.py")]):
+        if file.name == "__main__.py" and file.parent == HERE:
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if not any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            continue
+        name = file.stem if file.parent == HERE else file.parent.name
+        module = f".{file.stem}" if file.parent == HERE else f".{name}.__main__"
+        found[name] = (module, _help(tree))
+    return found
+
+
+def _help(tree: ast.Module) -> str:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
+            return str(ast.literal_eval(node.value))
+    first = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return first.partition(": ")[2].rstrip(".") or first.rstrip(".")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that `argv` begins with (None: the process's own arguments) and returns its exit status."""
+    return run(_dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
+    name, *rest = argv or ["help"]
+    if name in ("-V", "--version"):
         from . import __version__
 
         print(f"mlx_rotor {__version__}")
         return 0
-    if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print("usage: mlx_rotor <command> [options]\n\ncommands:")
-        print("\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()))
-        print("\n`mlx_rotor <command> --help` lists a command's options.")
-        return 0
-    if argv[0] not in COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+    if name in ("-h", "--help", "help"):
+        if name != "help" or not rest:
+            _list()
+            return 0
+        name, rest = rest[0], ["--help"]
+    known = commands()
+    name = ALIASES.get(name, name)
+    if name not in known:
+        hint = closest(name, [*known, *ALIASES, "help"])
+        print(f"error: unknown command {name!r}{hint} (`mlx_rotor help` lists the commands)", file=sys.stderr)
         return 2
-    from .cli.command import run
+    sys.argv[0] = f"mlx_rotor {name}"
+    return run(importlib.import_module(known[name][0], __package__).main, rest)
 
-    sys.argv[0] = f"mlx_rotor {argv[0]}"
-    module = importlib.import_module(f".{argv[0]}" + (".__main__" if argv[0] == "server" else ""), __package__)
-    return run(module.main, argv[1:])
+
+def _list() -> None:
+    lines = {name: told for name, (_, told) in commands().items()}
+    lines |= {alias: f"the same as {name}" for alias, name in ALIASES.items()}
+    lines["help"] = "this list; `help <command>`: a command's options"
+    width = max(map(len, lines))
+    print("usage: mlx_rotor <command> [options]\n\ncommands:")
+    print("\n".join(f"  {name:<{width}}  {told}" for name, told in lines.items()))
+    print("\n`mlx_rotor <command> --help` lists a command's options.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -16,7 +16,8 @@ from .bench.codecs import DIM, VECTORS, BiasedKeys, Distortion, measure_all
 from .bundled import held_out_text
 from .cache import DEFAULT, EXACT, scheme
 from .cli import benchmark_experts, benchmark_weights
-from .cli.command import positive, run, whole
+from .cli.arguments import Parser, listed, positive, whole
+from .cli.command import finishes, run
 from .errors import RotorError
 from .quality.machine import machine
 
@@ -29,8 +30,8 @@ CACHE_TOKENS = 2048  # in one layer's cache where its steps and copies are measu
 PROMPTS = (2048, 4096)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="mlx_rotor benchmark", description="measurements of parts")
+def parser() -> Parser:
+    p = Parser(prog="mlx_rotor benchmark", description="measurements of parts")
     parts = p.add_subparsers(dest="part", required=True, metavar="PART")
     c = parts.add_parser(
         "codecs",
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--schemes", default=",".join(CACHED), help=f"comma-separated ({','.join(CACHED)})")
     m.add_argument("--tokens", type=positive, default=CACHE_TOKENS, help=f"held while measured ({CACHE_TOKENS})")
     m.add_argument(
-        "--prompts", type=_list(whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
+        "--prompts", type=listed(whole), default=PROMPTS, help="prompt lengths, multiples of --chunk (2048,4096)"
     )
     m.add_argument("--chunk", type=positive, default=512, help="prompt tokens fed at a time (512)")
     m.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@finishes
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     found = args.measure(args)
@@ -174,10 +176,6 @@ def _print_peaks(rows: Sequence[Prefill]) -> None:
         "exact KV's there. "
         "On a CPU, stock attention keeps all scores of a chunk, which MLX's GPU kernels do not."
     )
-
-
-def _list(read: Callable[[str], int]) -> Callable[[str], list[int]]:
-    return lambda text: [read(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ and show what was saved and what it cost."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
@@ -17,6 +16,7 @@ from typing import Any
 
 from .bundled import MODEL, held_out_text
 from .cache import DEFAULT, EXACT, parse
+from .cli.arguments import Parser, seed
 from .cli.command import run
 from .errors import RotorError
 
@@ -24,14 +24,14 @@ DEPTH = 0.3
 MIN_PROMPT, MAX_PROMPT = 200, 6000
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="mlx_rotor demo", description=__doc__.split(": ", 1)[1])
+def _parser() -> Parser:
+    p = Parser(prog="mlx_rotor demo", description=__doc__.split(": ", 1)[1])
     p.add_argument("--policy", default="config-i", help="weight policy (config-i)")
     p.add_argument("--kv", default=DEFAULT, metavar="SCHEME", help=f"KV scheme ({DEFAULT})")
     p.add_argument("--prompt-tokens", type=int, default=1500, help="length of the prompt (1500)")
     p.add_argument("--max-tokens", "-m", type=int, default=60, help="tokens to generate (60)")
     p.add_argument("--out", type=Path, help="keep the quantized model in this new folder")
-    p.add_argument("--seed", type=int, default=0, help="of the code and the text around it (0)")
+    p.add_argument("--seed", type=seed, default=0, help="of the code and the text around it (0)")
     p.add_argument("--skip-evaluate", action="store_true", help="leave out the third part, a minute of measuring")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return p

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .cli.command import check_writable, run
+from .cli.arguments import Parser
+from .cli.command import check_writable, finishes, run
 from .errors import RotorError
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ SIMULATOR = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> Parser:
+    p = Parser(
         prog="mlx_rotor doctor",
         description="Versions, device, and which backend each operation uses and why. Exit status 1 if something must "
         "be done.",
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@finishes
 def main(argv: Sequence[str] | None = None) -> int:
     a = parser().parse_args(argv)
     if not a.kernels and (a.thorough or a.no_timing):
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output:
         check_writable("--output", output)
     from .diagnose.installation import diagnose, why_no_kernels
-    from .quality.record import replace_text
+    from .files import write_text
 
     found = diagnose()
     if not a.json:
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.json:
         print(json.dumps(facts, indent=1))
     if output:
-        replace_text(output, json.dumps(facts, indent=1) + "\n")
+        write_text(output, json.dumps(facts, indent=1) + "\n")
         if not a.json:
             print(f"\n{output} holds all of this, to attach to a report.")
     return 0 if found.ok else 1

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import DEFAULT, EXACT
-from .cli.command import check_writable, run
+from .cli.arguments import Parser, above_zero, listed, number, replaced_flag, seed, whole
+from .cli.command import check_writable, finishes, read_text, run
 from .errors import RotorError
+from .files import write_text
 
 if TYPE_CHECKING:
     from .quality.report import Report
@@ -25,16 +26,8 @@ MEASURING = (
 )
 
 
-def integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> Parser:
+    p = Parser(
         prog="mlx_rotor evaluate",
         description="Perplexity, KL divergence, top-1 agreement, greedy divergence, needle retrieval, chats and KV "
         "memory of models under KV schemes, one row a configuration.",
@@ -59,8 +52,10 @@ def parser() -> argparse.ArgumentParser:
         "--chunk", type=int, metavar="TOKENS", help="tokens fed at a time, so that later ones meet packed ones"
     )
     p.add_argument("--needles", type=int, metavar="N", help="needle trials, in turn over lengths and depths; 0: none")
-    p.add_argument("--needle-lengths", type=integers, metavar="N,N", help="prompt lengths in tokens")
-    p.add_argument("--depths", type=numbers, metavar="X,X", help="where needles are hidden, 0 (start) to 1 (end)")
+    p.add_argument("--needle-lengths", type=listed(whole), metavar="N,N", help="prompt lengths in tokens")
+    p.add_argument(
+        "--depths", type=listed(number), metavar="X,X", help="where needles are hidden, 0 (start) to 1 (end)"
+    )
     p.add_argument(
         "--chats", type=int, metavar="N", help="chats and tool calls; by default only for the bundled model's tokenizer"
     )
@@ -70,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="prompts continued for 256 tokens, until they differ from exact KV's; 0: none",
     )
-    p.add_argument("--seed", type=int, metavar="N", help="of needles and chats (default 0)")
+    p.add_argument("--seed", type=seed, metavar="N", help="of needles and chats (default 0)")
     for part in ("sinks", "ring", "protect-layers"):
         p.add_argument(
             f"--kv-{part}", type=int, metavar="N", help=f"{part.replace('-', ' ')} of every scheme but exact"
@@ -93,24 +88,30 @@ def parser() -> argparse.ArgumentParser:
         help="also draw KL divergence against bits an element (needs matplotlib)",
     )
     c = p.add_argument_group("schemes measured for one model", "written as JSON, for --kv FILE.json of every command")
-    c.add_argument("--calibrate-kv", type=Path, metavar="FILE.json", help="fp8 with a scale for each layer's K and V")
     c.add_argument(
-        "--kv-calibrate", type=Path, metavar="FILE.json", help="each layer's codecs, for the least KL at --target-bits"
+        "--calibrate-kv",
+        type=Path,
+        metavar="FILE.json",
+        help="with --kv fp8: scales of each layer's K and V; with --target-bits: each layer's codecs for the least KL",
     )
-    c.add_argument("--target-bits", type=float, metavar="X", help="stored bits an element, on average (3)")
-    c.add_argument("--candidates", metavar="CODECS", help="comma-separated (trellis2,trellis3,trellis4)")
+    c.add_argument("--target-bits", type=above_zero, metavar="X", help="stored bits an element, on average")
+    c.add_argument(
+        "--candidates", metavar="CODECS", help="comma-separated, for --target-bits (trellis2,trellis3,trellis4)"
+    )
+    replaced_flag(p, "--kv-calibrate", "--calibrate-kv FILE.json --target-bits X")
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
+@finishes
+def main(argv: Sequence[str] | None = None) -> int:
     a = parser().parse_args(argv)
     for flag, file in (("--out", a.out), ("--json-out", a.json_out), ("--plot", a.plot)):
         if file:
             check_writable(flag, file)
-    if a.calibrate_kv or a.kv_calibrate:
+    if a.calibrate_kv:
         return _calibrate(a)
     if a.target_bits is not None or a.candidates:
-        raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
+        raise RotorError("--target-bits and --candidates are for --calibrate-kv FILE.json")
     from .quality import plot, record
 
     if a.from_json and (unused := _given(a, *MEASURING, "json_out")):
@@ -119,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         plot.available()
     report = record.read(a.from_json) if a.from_json else _measured(a)
     tables = report.markdown()
-    print(json.dumps(report.to_dict(), indent=1) if a.json else tables, end="\n" if a.json else "")
     if a.out:
-        record.replace_text(a.out, tables)
+        write_text(a.out, tables)
     if a.plot:
-        record.replace_text(a.plot, plot.quality(report))
+        write_text(a.plot, plot.quality(report))
+    print(json.dumps(report.to_dict(), indent=1) if a.json else tables, end="\n" if a.json else "")
     return 0
 
 
@@ -136,66 +137,61 @@ def _given(a: argparse.Namespace, *names: str) -> list[str]:
     ]
 
 
-def _text(a: argparse.Namespace) -> str | None:
-    try:
-        return a.text.read_text("utf-8") if a.text else None
-    except (OSError, UnicodeDecodeError) as e:
-        raise RotorError(f"--text {a.text}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}") from e
-
-
 def _calibrate(a: argparse.Namespace) -> int:
-    comparing = [name for name in MEASURING if name not in ("model", "text", "windows", "window", "chunk")]
+    """Measures a KV scheme for one model and writes it to --calibrate-kv's file."""
+    comparing = [name for name in MEASURING if name not in ("model", "kv", "text", "windows", "window", "chunk")]
     if unused := _given(a, *comparing, "out", "plot", "json_out", "from_json"):
         raise RotorError(f"{', '.join(unused)}: not of use in calibrating; evaluate the scheme afterwards")
-    if a.calibrate_kv and a.kv_calibrate:
-        raise RotorError("--calibrate-kv (fp8's scales) and --kv-calibrate (every layer's codecs) write one file each")
+    scales = a.kv == ["fp8"]
+    if a.kv and not scales:
+        raise RotorError(f"--calibrate-kv measures scales for --kv fp8, or codecs by --target-bits; not --kv {a.kv[0]}")
+    if scales == (a.target_bits is not None or a.candidates is not None):
+        raise RotorError(
+            "--calibrate-kv takes either --kv fp8 (a scale for each layer's K and V) or --target-bits X (each layer's"
+            " codecs)"
+        )
+    if a.target_bits is None and not scales:
+        raise RotorError("--candidates is for --target-bits X")
     if len(a.model or []) > 1:
         raise RotorError("a scheme is calibrated for one --model")
-    flag = "--calibrate-kv" if a.calibrate_kv else "--kv-calibrate"
-    file = a.calibrate_kv or a.kv_calibrate
+    file = a.calibrate_kv
     if file.suffix != ".json":
-        raise RotorError(f"{flag} {file}: a scheme's file must end in .json, which is how --kv knows it")
-    check_writable(flag, file)
+        raise RotorError(f"--calibrate-kv {file}: a scheme's file must end in .json, which is how --kv knows it")
+    check_writable("--calibrate-kv", file)
     from . import calibration
 
-    preset = calibration.MAXIMA if a.calibrate_kv else calibration.SEARCH
     asked = {n: v for n in ("windows", "window", "chunk") if (v := getattr(a, n)) is not None}
     if a.text:
-        asked |= {"text": _text(a), "text_name": a.text.name}
-    reading, model = dataclasses.replace(preset, **asked), a.model[0] if a.model else None
-    if a.calibrate_kv:
-        if a.target_bits is not None or a.candidates:
-            raise RotorError("--target-bits and --candidates are for --kv-calibrate FILE.json")
-        scheme = calibration.fp8(file, model, reading, progress=True)
-        facts: dict[str, Any] = {"file": str(file), "layers": scheme.layers}
+        asked |= {"text": read_text("--text", a.text), "text_name": a.text.name}
+    reading = dataclasses.replace(calibration.MAXIMA if scales else calibration.SEARCH, **asked)
+    model = a.model[0] if a.model else None
+    if scales:
+        scheme, found = calibration.fp8(file, model, reading, progress=True), None
     else:
         candidates = a.candidates.split(",") if a.candidates else calibration.CANDIDATES
-        target = 3.0 if a.target_bits is None else a.target_bits
-        if not (math.isfinite(target) and target > 0):
-            raise RotorError(f"--target-bits {target:g}: must be a number above 0")
-        found = calibration.bits(file, model, target, candidates, reading, progress=True)
+        found = calibration.bits(file, model, a.target_bits, candidates, reading, progress=True)
         scheme = found.scheme
-        facts = {"file": str(file), "layers": scheme.layers, "bits": found.bits}
-        facts |= {"predicted_kl": found.predicted, "measured_kl": found.measured}
+    facts: dict[str, Any] = {"file": str(file), "layers": scheme.layers}
+    if found is not None:
+        facts |= {"bits": found.bits, "predicted_kl": found.predicted, "measured_kl": found.measured}
         facts["alone"] = [{"layer": i, "side": s, "codec": c, "kl": x} for (i, s, c), x in found.alone.items()]
     if a.json:
         print(json.dumps(facts, indent=1))
         return 0
     for nth, (k, v) in enumerate(scheme.layers):
         print(f"layer {nth}: K {k}, V {v}")
-    if "bits" in facts:
+    if found is not None:
         print(
-            f"{facts['bits']:.3f} bits an element, KL {facts['measured_kl']:.2g} nats a token with nothing protected",
-            end="",
+            f"{found.bits:.3f} bits an element, KL {found.measured:.2g} nats a token with nothing protected"
+            f" ({found.predicted:.2g} as a sum of each alone)"
         )
-        print(f" ({facts['predicted_kl']:.2g} as a sum of each alone)")
     print(f"written to {file}; use it as --kv {file}")
     return 0
 
 
 def _measured(a: argparse.Namespace) -> Report:
-    text = _text(a)
-    from .quality.compare import compare
+    text = read_text("--text", a.text) if a.text else None
+    from .api import evaluate
     from .quality.sample import QUICK, THOROUGH
 
     size = (THOROUGH if a.thorough else QUICK).with_(
@@ -210,7 +206,7 @@ def _measured(a: argparse.Namespace) -> Report:
         seed=a.seed,
     )
     parts = {"sinks": a.kv_sinks, "ring": a.kv_ring, "protect_layers": a.kv_protect_layers}
-    return compare(
+    return evaluate(
         a.model or ["bundled"],
         a.kv or [EXACT, DEFAULT],
         against=a.against,

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .cli.command import run
+from .cli.command import finishes, run
 from .cli.quantize_flags import BASELINES, check_mode, parser, recipe
-from .cli.quantize_output import Bars, facts, lengthened, plan_table, result_lines
+from .cli.quantize_output import Bars, facts, plan_table, result_lines
 from .errors import RotorError
 from .memory.room import Room, missing
 from .quant import check, upload
 from .quant import policy as policies
 from .quant.budget import TooSmall, report
-from .quant.fit.lloyd import NOTE
 from .quant.job import Result, dry_run, finished, quantize
 from .quant.job.manifest import PROVENANCE, digest
 from .quant.job.workplace import check_disk, check_out, occupied
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 REPORTED = ("config-i", "jang-k", "rotor-86", "rotor-79", "rotor-70")
 
 
+@finishes
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_mode(args)
@@ -151,7 +151,7 @@ def _dry_run(args: argparse.Namespace, asked: Recipe, plan: Plan, source_bytes: 
         print(f"note    {note}")
     if rows:
         print(f"\n{report.table(rows)}\n\nerror: relative squared error of Gaussian weights, mean over experts")
-        print(f"{NOTE}\n" if lengthened(plan) else "", end="")
+        print("".join(f"{note}\n" for note in plan.notes), end="")
         print("".join(f"left out: {line}\n" for line in left_out), end="")
 
 

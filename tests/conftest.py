@@ -18,6 +18,7 @@ os.environ["MLX_ROTOR_CACHE"] = tempfile.mkdtemp(prefix="mlx_rotor_tests_")
 mx.set_default_device(mx.cpu)
 
 from mlx_rotor import codec  # noqa: E402
+from small_checkpoint import small  # noqa: E402, F401
 from tiny_checkpoints import checkpoints, parrot, tape  # noqa: E402, F401
 
 

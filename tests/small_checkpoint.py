@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_rotor.bundled import MODEL
 
@@ -25,6 +26,12 @@ CONFIG = {
     "max_position_embeddings": 512,
 }
 LARGE = 256  # times usual, of one expert's up rows under `write(overflow=True)`
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The folder of such a checkpoint, which no test may change."""
+    return write(tmp_path_factory.mktemp("small") / "source")
 
 
 def write(folder: Path, *, overflow: bool = False) -> Path:

@@ -1,5 +1,6 @@
 """`mlx_rotor quantize` from a checkpoint, here or on a hub, to a card, here or on a hub; and its checker."""
 
+import importlib
 import json
 import re
 import sys
@@ -12,7 +13,6 @@ from huggingface_hub import ModelCard
 from huggingface_hub import constants as hub_constants
 
 import small_checkpoint
-from mlx_rotor import quantize
 from mlx_rotor.bundled import held_out_prose, held_out_text
 from mlx_rotor.cli import command
 from mlx_rotor.quality.card import pm
@@ -21,6 +21,8 @@ from mlx_rotor.quality.metrics import Estimate
 sys.path += [str(Path(__file__).parent / "quant"), str(Path(__file__).parent / "quant" / "job")]
 from fake_hub import FakeHub
 from upload_hub import UploadHub
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 
 def run(*argv):

@@ -1,5 +1,6 @@
 """`mlx_rotor quantize` as a user types it."""
 
+import importlib
 import json
 import re
 import shutil
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_rotor import quantize
 from mlx_rotor.bundled import MODEL
 from mlx_rotor.cli import command
 from mlx_rotor.quant.job import journal, stream
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 ROOT = Path(__file__).parents[1]
 M27 = json.loads((ROOT / "examples" / "minimax_m27" / "config.json").read_text())
@@ -261,14 +263,12 @@ def test_out_is_needed_unless_dry(capsys):
     assert capsys.readouterr().err.startswith("error: --out DIR says where to write")
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("123", 123)]
-)
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8)])
 def test_sizes(text, size):
     assert quantize.parser().parse_args(["--shard-size", text]).shard_size == size
 
 
-@pytest.mark.parametrize("text", ["", "4XB", "-1GB", "0", "GB"])
+@pytest.mark.parametrize("text", ["", "4XB", "-1GB", "0GB", "GB"])
 def test_bad_sizes(text, capsys):
     with pytest.raises(SystemExit):
         quantize.parser().parse_args([f"--shard-size={text}"])

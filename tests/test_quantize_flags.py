@@ -1,5 +1,6 @@
 """`mlx_rotor quantize`: what each flag does, and that none is ignored."""
 
+import importlib
 import json
 import re
 import shutil
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 import small_checkpoint
-from mlx_rotor import quantize
 from mlx_rotor.cli import command, quantize_flags
 from mlx_rotor.quant.job import start
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 ROOT = Path(__file__).parents[1]
 M27 = ROOT / "examples" / "minimax_m27"
@@ -37,11 +39,6 @@ def contents(folder):
 
 def result(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_checkpoint.write(tmp_path_factory.mktemp("small") / "source")
 
 
 @pytest.fixture
@@ -93,26 +90,26 @@ def test_files_have_the_size_that_was_asked_for(small, tmp_path, capsys, flags):
 
 
 def test_the_room_of_a_mac(capsys):
-    assert run("--model", M27, "--dry-run", "--fit", "128GB", "--context", "64K", "--kv", "turbo4v2") == 0
+    assert run("--model", M27, "--dry-run", "--memory", "128GB", "--context", "64K", "--kv", "turbo4v2") == 0
     wide = capsys.readouterr().out
     assert "for weights: the GPU may have 103.08 GB of 128 GiB, less" in wide and "at 65,536 tokens" in wide
     size = float(re.search(r"^output  ([\d.]+) GB", wide, re.M)[1])
     room = float(wide.split()[0])
     assert 0.995 * room < size <= room + 0.005, "printed to 0.01"
-    assert run("--model", M27, "--dry-run", "--fit", "128GB", "--wired-limit", "120GB", "--kv", "exact") == 0
+    assert run("--model", M27, "--dry-run", "--memory", "128GB", "--wired-limit", "120GB", "--kv", "exact") == 0
     assert "the GPU may have 120.00 GB of 128 GiB, less 8.32 GB of KV cache at 32,768 tokens" in capsys.readouterr().out
 
 
 def test_a_mac_that_is_too_small_is_told_what_would_do(capsys):
-    assert run("--model", M27, "--dry-run", "--fit", "32GB") == 1
+    assert run("--model", M27, "--dry-run", "--memory", "32GB") == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("18.83 GB for weights") == 1
     assert re.search(r"policy rotor needs 65\.\d+ GB .* are needed at the least: a Mac with 87 GiB", printed.err)
 
 
-def test_fit_is_given_for_memory_and_for_a_method(small, tmp_path, capsys):
+def test_memory_sets_the_size_and_fit_the_method(small, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run("--model", small, "--out", out, "--fit", "16GB", "--fit", "fast", "--json") == 0
+    assert run("--model", small, "--out", out, "--memory", "16GB", "--fit", "fast", "--json") == 0
     told = result(capsys)
     assert told["fit"] == "fast" and told["policy"] == "rotor" and told["budget"]["bytes"] > 8e9
     assert {row["bits"] for row in told["rows"] if row["bits"]} == {8}
@@ -237,7 +234,10 @@ def test_killed_and_resumed_with_all_there_is_the_files_are_the_same(small, tmp_
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = [*("--model", small, "--target-bpw", 5, "--fold", "all", "--shard-size", "100KB"), "--calibration", text]
     flags = [str(flag) for flag in (*flags, *SHORT)]
-    run_it = "import mlx.core as mx; mx.set_default_device(mx.cpu); from mlx_rotor import quantize as q; q.main()"
+    run_it = (
+        "import importlib, mlx.core as mx; mx.set_default_device(mx.cpu);"
+        "importlib.import_module('mlx_rotor.quantize').main()"
+    )
     job = subprocess.Popen(
         [sys.executable, "-c", run_it, *flags, "--out", out, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

@@ -1,6 +1,7 @@
 """What `mlx_rotor quantize` shows while it works: on a terminal, in a log, as JSON lines."""
 
 import fcntl
+import importlib
 import json
 import os
 import pty
@@ -10,10 +11,11 @@ import sys
 import termios
 import threading
 
-from mlx_rotor import quantize
 from mlx_rotor.cli import command, quantize_output
 from mlx_rotor.cli.quantize_output import Bars
 from mlx_rotor.quant.job.workers import Event
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 
 class Terminal:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RotorError
+from ..files import write_text
 from ..quality.card import percent, pm
 from ..quality.evaluation import Row, compared, row_of
 from ..quality.machine import machine
 from ..quality.plot import SETTINGS, available
-from ..quality.record import LOOSE, replace_text
+from ..quality.record import LOOSE
 from ..quality.sample import Domain, Size
 from ..quality.streamed import Streamed
 from ..quant import policy as policies
@@ -75,7 +76,7 @@ class Table:
 
     def write(self, path: Path) -> None:
         """The whole file or nothing. RotorError where it can't be written."""
-        replace_text(path, json.dumps(self.facts(), indent=1) + "\n")
+        write_text(path, json.dumps(self.facts(), indent=1) + "\n")
 
 
 def read(path: Path) -> Table:

@@ -6,7 +6,6 @@ fp8's layer scales from the largest K and V that a text gave: numbers only, whoe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from .. import codec
 from ..codec.fp8 import LARGEST
 from ..errors import RotorError
+from ..files import write_text
 
 FORMAT, VERSION = "mlx_rotor kv scheme", 1
 MAX_LAYERS = 4096
@@ -121,18 +121,7 @@ def write(path: str | Path, sidecar: Sidecar) -> None:
     Raises:
         RotorError: an impossible sidecar, or a place that can't be written.
     """
-    contents = text(sidecar, str(path))
-    target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise RotorError(f"{path}: {e.strerror}; give a file in a folder that can be written") from e
+    write_text(Path(path), text(sidecar, str(path)))
 
 
 # What other texts may reach beyond this one. fp8's error is relative: room costs nothing, and too little cuts off.

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from .. import bundled
 from ..errors import RotorError
-from .command import check_writable, positive
+from ..files import write_text
+from .arguments import positive
+from .command import check_writable
 
 if TYPE_CHECKING:
     from ..bench.jobs import Calibrated, Speed
@@ -95,7 +97,6 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
 
 def _weights(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench import weights
-    from ..quality import record
     from ..quality.sample import Size, bundled
 
     for file in (f for f in (args.json_out, args.plot) if f is not None):
@@ -115,7 +116,7 @@ def _weights(args: argparse.Namespace) -> dict[str, Any]:
             args.model, wanted, bundled(), size, args.json_out, told, lambda: bar.update()
         )
     if args.plot:
-        record.replace_text(args.plot, weights.drawing(table))
+        write_text(args.plot, weights.drawing(table))
     if not args.json:
         print(weights.markdown(table))
         print("".join(f"left out: {line}\n" for line in impossible), end="")

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import RotorError
+from .arguments import Parser, adopted
+
+if TYPE_CHECKING:
+    from ..cache import Scheme
 
 PARTS = ("kv_sinks", "kv_ring", "kv_protect_layers")
 
 
-def completed(parser: argparse.ArgumentParser, command: str, description: str) -> argparse.ArgumentParser:
+def completed(parser: argparse.ArgumentParser, command: str, description: str) -> Parser:
     """A parser of mlx_lm's as that of `command`: the bundled model is the default, and ours are added."""
     from ..cache import DEFAULT
     from ..host.experts import AUTO, MODES
 
+    parser = adopted(parser)
     parser.prog, parser.description = f"mlx_rotor {command}", description
     parser.set_defaults(model=None)
     for action in parser._actions:
         if action.dest == "model":
             action.help = "A local model folder or Hugging Face repo (default: the bundled model)."
+        elif action.dest == "kv_bits":
+            action.help = "mlx_lm's own quantized KV cache with so many bits, in place of --kv (default: none)."
+        elif action.dest in ("kv_group_size", "quantized_kv_start"):
+            action.help = f"Of mlx_lm's own cache. {action.help}"
     kv = parser.add_argument_group("compressed KV cache")
     what = f"trellis3, turbo4v2, k=…,v=…, a calibration's .json, or exact (default: {DEFAULT})"
     kv.add_argument("--kv", metavar="SCHEME", help=what)
@@ -34,8 +44,23 @@ def completed(parser: argparse.ArgumentParser, command: str, description: str) -
     return parser
 
 
-def scheme_of(args: argparse.Namespace) -> Any:
-    """The scheme `args` ask for, or None for exact KV.
+@dataclass(frozen=True)
+class Choice:
+    """The KV cache that flags ask for.
+
+    Attributes:
+        scheme: of compressed caches; None leaves caches to mlx_lm.
+        name: what the output calls it.
+        why: why nothing is compressed, "" where something is.
+    """
+
+    scheme: Scheme | None
+    name: str
+    why: str = ""
+
+
+def choice_of(args: argparse.Namespace) -> Choice:
+    """What `args` ask for.
 
     Raises:
         RotorError: an unknown scheme, or flags that contradict each other.
@@ -43,7 +68,7 @@ def scheme_of(args: argparse.Namespace) -> Any:
     from ..cache import DEFAULT, EXACT, parse
 
     text, k, v = args.kv, args.cache_type_k, args.cache_type_v
-    limit = getattr(args, "max_kv_size", None)
+    limit, kv_bits = getattr(args, "max_kv_size", None), getattr(args, "kv_bits", None)
     if k is not None or v is not None:
         if text is not None:
             raise RotorError("--kv and --cache-type-k/--cache-type-v say the same thing: use one of them")
@@ -54,16 +79,22 @@ def scheme_of(args: argparse.Namespace) -> Any:
     exact = text is not None and text.strip() == EXACT
     if exact and parts:
         raise RotorError(f"{', '.join(parts)}: all tokens are exact in exact KV; leave it out, or give another --kv")
-    if args.kv_bits is not None:
+    if kv_bits is not None:
         if not exact and (text is not None or parts):
             raise RotorError("--kv-bits is mlx_lm's own cache and can't be combined with a compressed one; drop either")
         if limit is not None:
             raise RotorError("--kv-bits and --max-kv-size: mlx_lm packs no cache of limited size; drop either")
-        return None
+        why = f"--kv-bits {kv_bits} asks for mlx_lm's own quantized cache, from token {args.quantized_kv_start} on"
+        return Choice(None, f"mlx_lm's own {kv_bits}-bit", why)
+    if exact:
+        return Choice(None, EXACT, "as was asked for")
     if text is None and not parts and limit is not None:
         from ..host.layers import SHORTEST_WINDOW
 
         if limit < SHORTEST_WINDOW:
-            return None  # too few tokens to gain from packing, and nobody asked for it
+            why = f"--max-kv-size {limit} leaves too few tokens to compress; from {SHORTEST_WINDOW} on they are"
+            return Choice(None, EXACT, why)
     text = DEFAULT if text is None else text
-    return parse(text, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)
+    scheme = parse(text, sinks=args.kv_sinks, ring=args.kv_ring, protect_layers=args.kv_protect_layers)
+    assert scheme is not None
+    return Choice(scheme, scheme.name)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 from .. import bundled
@@ -13,22 +12,19 @@ from ..errors import RotorError
 from ..memory import room
 from ..memory.room import Room
 from ..quant import policy as policies
+from ..quant import request
 from ..quant.fit import FITS
 from ..quant.job import SHARD_BYTES
-from ..quant.plan import read_config
 from ..quant.recipe import BUNDLED, FOLDS, Recipe
-from ..quant.source import locate
-from ..quant.spec import Budget, parse_size
-from .command import positive
+from ..quant.spec import parse_size
+from .arguments import Parser, parsed, positive, with_unit
 
 BASELINES = ("config-i", "jang-k")
-LISTED, SOLVED = "config-i", "rotor"  # policies without and with a target
-CONTEXT = 32 * 1024
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags. Defaults stand in parentheses."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="mlx_rotor quantize",
         description="A checkpoint to MLX safetensors that stock mlx_lm loads: a policy or a size decides the bits, a"
         " fit chooses scales and codes, and a job that can be stopped at any time writes the files.",
@@ -44,21 +40,30 @@ def parser() -> argparse.ArgumentParser:
         "--policy", help=f"{', '.join(policies.shipped())}, or a TOML file (config-i; rotor where a size is given)"
     )
     bits.add_argument(
-        "--target-size", type=_parsed(parse_size), metavar="SIZE", help="solve for weight files of this size, e.g. 86GB"
+        "--target-size",
+        type=with_unit(parse_size),
+        metavar="SIZE",
+        help="solve for weight files of this size, e.g. 86GB",
     )
     bits.add_argument("--target-bpw", type=float, metavar="BITS", help="solve for this many bits a weight, e.g. 3.25")
     bits.add_argument(
-        "--context",
-        type=_parsed(room.token_count),
-        metavar="TOKENS",
-        help="with --fit 128GB: tokens to have room for (32K)",
+        "--memory",
+        type=with_unit(room.ram_size),
+        metavar="SIZE",
+        help="a Mac's RAM, e.g. 128GB: solve for the bits that leave room for --context",
     )
-    bits.add_argument("--kv", metavar="SCHEME", help=f"with --fit 128GB: KV scheme of that room ({scheme.DEFAULT})")
+    bits.add_argument(
+        "--context",
+        type=parsed(room.token_count),
+        metavar="TOKENS",
+        help="with --memory: tokens to have room for (32K)",
+    )
+    bits.add_argument("--kv", metavar="SCHEME", help=f"with --memory: KV scheme of that room ({scheme.DEFAULT})")
     bits.add_argument(
         "--wired-limit",
-        type=_parsed(parse_size),
+        type=with_unit(parse_size),
         metavar="SIZE",
-        help="with --fit 128GB: what sysctl iogpu.wired_limit_mb gives the GPU (macOS's default)",
+        help="with --memory: what sysctl iogpu.wired_limit_mb gives the GPU (macOS's default)",
     )
     bits.add_argument(
         "--sensitivities",
@@ -71,11 +76,10 @@ def parser() -> argparse.ArgumentParser:
     fit = p.add_argument_group("fit")
     fit.add_argument(
         "--fit",
-        action="append",
         type=_fit,
-        metavar="FIT|MEMORY",
-        help="fast (mx.quantize), search (least squares) or best (slower still); or a Mac's RAM, e.g. 128GB: solve for"
-        " the bits that leave room for --context. May be given once for each (search)",
+        default="search",
+        metavar="METHOD",
+        help="fast (mx.quantize), search (least squares) or best (slower still) (search)",
     )
     fit.add_argument(
         "--calibration",
@@ -108,7 +112,10 @@ def parser() -> argparse.ArgumentParser:
         "--stream-source", action="store_true", help="fetch a repository file by file, delete each after use"
     )
     job.add_argument(
-        "--shard-size", type=_parsed(parse_size), default=SHARD_BYTES, help="largest weight file, e.g. 4GB, 500MB (4GB)"
+        "--shard-size",
+        type=with_unit(parse_size),
+        default=SHARD_BYTES,
+        help="largest weight file, e.g. 4GB, 500MB (4GB)",
     )
 
     more = p.add_argument_group("before and after")
@@ -176,78 +183,38 @@ def check_mode(args: argparse.Namespace) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Memory:
-    """A Mac's RAM in bytes, in place of a fit."""
-
-    ram: int
-
-
 def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
-    """What the flags ask for; and the room that `--fit 128GB` found, whose bytes are the recipe's budget.
+    """What the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
 
     Raises:
         RotorError: flags that contradict each other or would do nothing.
     """
-    methods = [fit for fit in args.fit or () if isinstance(fit, str)]
-    memories = [fit for fit in args.fit or () if isinstance(fit, Memory)]
-    if len(methods) > 1 or len(memories) > 1:
-        raise RotorError("--fit can be given once for a fit and once for a Mac's memory")
-    targets = [args.target_size is not None, args.target_bpw is not None, bool(memories)]
-    if sum(targets) > 1:
-        raise RotorError("--target-size, --target-bpw and --fit MEMORY each set the size: give one of them")
-    if (args.context or args.kv or args.wired_limit) and not memories:
-        raise RotorError("--context, --kv and --wired-limit go with the memory of a Mac: --fit 128GB")
-    budget = found = None
-    if args.target_size is not None:
-        budget = Budget(nbytes=args.target_size)
-    elif args.target_bpw is not None:
-        budget = Budget(bits_per_weight=args.target_bpw)
-    elif memories:
-        config = read_config(locate(args.model, config_only=True))
-        kv = scheme.parse(args.kv or scheme.DEFAULT)
-        found = room.room(config, memories[0].ram, args.context or CONTEXT, kv, limit=args.wired_limit)
-        budget = Budget(nbytes=found.weights)
-    policy = policies.load(args.policy or (SOLVED if budget else LISTED))
-    return (
-        Recipe(
-            policy=policy,
-            fit=methods[0] if methods else "search",
-            budget=budget,
-            sensitivities=args.sensitivities,
-            calibration=args.calibration,
-            sequences=args.calibration_sequences,
-            length=args.calibration_length,
-            imatrix=args.imatrix,
-            folds=() if args.fold == ("none",) else args.fold,
-            rescale=args.rescale_overflows,
-            shard_bytes=args.shard_size,
-        ),
-        found,
+    return request.recipe(
+        args.model,
+        args.policy,
+        target_size=args.target_size,
+        target_bpw=args.target_bpw,
+        memory=args.memory,
+        context=args.context,
+        kv=args.kv,
+        wired_limit=args.wired_limit,
+        fit=args.fit,
+        sensitivities=args.sensitivities,
+        calibration=args.calibration,
+        sequences=args.calibration_sequences,
+        length=args.calibration_length,
+        imatrix=args.imatrix,
+        folds=() if args.fold == ("none",) else args.fold,
+        rescale=args.rescale_overflows,
+        shard_bytes=args.shard_size,
     )
 
 
-def _fit(text: str) -> str | Memory:
+def _fit(text: str) -> str:
     if text in FITS:
         return text
-    try:
-        return Memory(room.ram_size(text))
-    except RotorError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join(FITS)}, and no memory such as 128GB"
-        ) from None
-
-
-def _parsed(read: Callable[[str], int]) -> Callable[[str], int]:
-    """An argument's type out of a function that raises RotorError."""
-
-    def parse(text: str) -> int:
-        try:
-            return read(text)
-        except RotorError as e:
-            raise argparse.ArgumentTypeError(str(e)) from None
-
-    return parse
+    memory = f"; a Mac's memory is --memory {text} now" if text[:1].isdigit() else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(FITS)}{memory}")
 
 
 def _folds(text: str) -> tuple[str, ...]:

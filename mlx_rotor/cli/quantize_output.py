@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ..experts import standalone
 from ..host.kv_scales import FILE
-from ..quant.fit.lloyd import NOTE
 from ..quant.job import Result
 from ..quant.job.workers import Event
 from ..quant.plan import Plan, Row, amount
@@ -190,11 +189,6 @@ def plan_table(plan: Plan, source_bytes: int | None) -> str:
     return "\n".join(lines)
 
 
-def lengthened(plan: Plan) -> bool:
-    """Whether errors of its weights need `NOTE`."""
-    return any(entry.spec is not None and entry.spec.mode == "lloyd" for entry in plan.entries)
-
-
 def _bits(row: Row) -> str:
     """`4`, a mode that isn't affine, with its bits where it may have others; or the dtype where kept."""
     if row.spec is None:
@@ -212,8 +206,7 @@ def result_lines(result: Result, calibration: dict[str, Any], written: Collectio
         f"saved   {1 - result.plan.nbytes / result.source_bytes:.1%} of the source's bytes",
         f"error   |w - stored| / |w| by role{share}: {worst or 'none'}",
     ]
-    if lengthened(result.plan):
-        lines.append(f"        ({NOTE})")
+    lines += [f"        ({note})" for note in result.plan.notes]
     for row in calibration.get("folds", ()):
         if "expert" in row:
             done = f"rescaled by 1/{row['rescaled_by']:g}" if row["rescaled_by"] != 1 else "--rescale-overflows helps"

@@ -64,6 +64,12 @@ def layer_cache(scheme: Scheme | None) -> Any:
     return RotorCache(scheme.k, scheme.v, scheme.sinks, scheme.ring, scheme.block)
 
 
+def check_model(model: Any) -> None:
+    """Raises RotorError for what is no model of mlx_lm's: it has neither layers nor a way to make caches for them."""
+    if not (hasattr(model, "layers") or hasattr(model, "make_cache")):
+        raise RotorError(f"a model as mlx_rotor.load() returns it is needed, not {type(model).__name__}")
+
+
 def _scheme(kv: str | Scheme | None, sinks: int | None, ring: int | None, protect_layers: int | None) -> Scheme | None:
     scheme = parse(kv) if isinstance(kv, str) else kv
     return scheme and scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)
@@ -92,6 +98,7 @@ def make_prompt_cache(
         RotorError: unknown scheme, unsupported mlx_lm, or a model with nothing to compress.
     """
     versions.check()
+    check_model(model)
     scheme = _scheme(kv, sinks, ring, protect_layers)
     caches = stock_cache(model)
     if scheme is None:
@@ -119,12 +126,22 @@ def attach(
 ) -> Any:
     """Makes every cache mlx_lm creates for `model` a compressed one, until `detach`. Returns the model.
 
-    Generation, chat, server and speculative decoding of mlx_lm all ask the model for its cache. With `check`, one
-    short run proves that each compressed layer really runs compressed.
+    Generation, chat, server and speculative decoding of mlx_lm all ask the model for its cache.
+
+    Args:
+        model: as mlx_lm loads it.
+        kv: a scheme or its text; `exact` detaches.
+        sinks, ring, protect_layers: what stays exact or a step wider, in tokens and layers; None keeps the scheme's.
+        check: prove by one short run that each compressed layer really runs compressed.
 
     Raises:
-        RotorError: see `make_prompt_cache` and `verify`.
+        RotorError: no model; see `make_prompt_cache` and `verify`.
+
+    Example:
+        >>> model, tokenizer = mlx_rotor.load()
+        >>> mlx_lm.generate(mlx_rotor.attach(model, "turbo4"), tokenizer, "import os")
     """
+    check_model(model)
     scheme = _scheme(kv, sinks, ring, protect_layers)
     if scheme is None:
         return detach(model)

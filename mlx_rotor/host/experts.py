@@ -17,7 +17,7 @@ from ..experts.layers import packed_of
 from ..kernels import backend, check_results, launch
 from ..kernels.spec import PackedWeight
 from . import routers, versions
-from .attachment import stock_cache
+from .attachment import check_model, stock_cache
 from .expert_layers import PROJECTIONS, State, kernel_name, put, take
 from .report import ExpertLayer, ExpertReport, formats
 
@@ -52,6 +52,7 @@ def attach_experts(model: Any, mode: str = AUTO) -> ExpertReport:
     """
     versions.check()
     check_mode(mode)
+    check_model(model)
     detach_experts(model)
     layers = _found(model)
     if mode == FUSED and not layers:

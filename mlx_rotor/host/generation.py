@@ -26,14 +26,9 @@ _generate = importlib.import_module("mlx_lm.generate")
 PROGRESS_FROM = 512
 
 
-def stock_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag and default of `mlx_lm.generate`."""
-    return _generate.setup_arg_parser()
-
-
-def stock_cache_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag and default of `mlx_lm.cache_prompt`."""
-    parser: argparse.ArgumentParser = importlib.import_module("mlx_lm.cache_prompt").setup_arg_parser()
+def stock_parser_of(command: str) -> argparse.ArgumentParser:
+    """A fresh parser with every flag and default of mlx_lm's `command`: generate, chat or cache_prompt."""
+    parser: argparse.ArgumentParser = importlib.import_module(f"mlx_lm.{command}").setup_arg_parser()
     return parser
 
 
@@ -51,18 +46,14 @@ def fill(model: Any, tokens: list[int], caches: list[Any], *, progress: bool = F
             pass
 
 
+SAMPLING = ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k", "xtc_probability", "xtc_threshold")
+
+
 def stock_sampler(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """The sampler `mlx_lm.generate` makes of its flags."""
-    return make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
+    """The sampler that mlx_lm makes of the flags of its `generate`, or of the fewer ones of its `chat`."""
+    options = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
+    special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+    return make_sampler(**options, xtc_special_tokens=special)
 
 
 @dataclass
@@ -108,25 +99,32 @@ class Stats:
     def summary(self) -> str:
         """The lines a person reads after a run."""
         d, layers = self.to_dict(), report.layers(self.caches)
-        held, fp16 = d["kv_bytes"], d["kv_bytes_fp16"]
         lines = [
             f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec",
             f"Generation: {self.generation_tokens} tokens, {self.generation_tps:.3f} tokens-per-sec",
             f"Peak memory: {self.peak_memory_gb:.3f} GB",
-            f"KV cache ({self.kv_scheme}): {held / 1e6:.3f} MB held; the same tokens in fp16: {fp16 / 1e6:.3f} MB"
-            + (f" ({fp16 / held:.2f}x)" if held else ""),
-            f"Layers: {len(layers.compressed)} of {layers.total} compressed, {len(layers.exact)} left alone, "
-            f"{len(layers.fallen_back)} fallen back; attention calls: {layers.fused_calls} on packed tokens, "
-            f"{layers.fallback_calls} on expanded ones",
+            *self._cache_lines(d["kv_bytes"], d["kv_bytes_fp16"], layers),
         ]
-        packed = report.packed_tokens(self.caches)
-        if layers.compressed and not packed:
-            lines.append("No token was packed: all are among the first and the recent ones, which stay exact")
         if layers.fallen_back:
             lines.append(f"Warning: layers {report.spans(layers.fallen_back)} attended to expanded keys and values")
         if self.experts and self.experts.fused:
             lines += self.experts.calls()
         return "\n".join(lines)
+
+    def _cache_lines(self, held: int, fp16: int, layers: report.LayerReport) -> list[str]:
+        line = f"KV cache ({self.kv_scheme}): {held / 1e6:.3f} MB held"
+        counts = f"{len(layers.exact)} left alone, {len(layers.fallen_back)} fallen back"
+        if layers.compressed and not report.packed_tokens(self.caches):
+            return [
+                f"{line}; too few tokens to compress: the first and the most recent ones stay exact",
+                f"Layers: {len(layers.compressed)} of {layers.total} ready to compress, {counts}",
+            ]
+        return [
+            f"{line}; the same tokens in fp16: {fp16 / 1e6:.3f} MB"
+            + (f" ({fp16 / held:.2f}x)" if layers.compressed else ""),
+            f"Layers: {len(layers.compressed)} of {layers.total} compressed, {counts}; attention calls: "
+            f"{layers.fused_calls} on packed tokens, {layers.fallback_calls} on expanded ones",
+        ]
 
 
 def stream(

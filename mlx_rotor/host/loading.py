@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,19 @@ def located(path: str | Path | None) -> str:
         raise RotorError(f"no model at {target}: the folder does not exist")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise RotorError(f"no model at {target}: the folder has no config.json")
+    if folder.is_dir():
+        check_config(folder / "config.json")
     return str(folder if folder.is_dir() else target)
+
+
+def check_config(file: Path) -> None:
+    """Raises RotorError for a config.json that can't be read or holds no JSON object."""
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise RotorError(f"{file} can't be read: {e.strerror if isinstance(e, OSError) else e}") from e
+    if not isinstance(config, dict):
+        raise RotorError(f"{file} must hold a JSON object, not a {type(config).__name__}")
 
 
 @contextmanager
@@ -48,20 +61,28 @@ def explained(target: str) -> Iterator[None]:
     """Turns what mlx_lm's loader raises over `target` into a RotorError that names the cause."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError, KeyError) as e:
-        lines = str(e).splitlines() or [type(e).__name__]
-        # mlx_lm's lists begin in the line after what they are of.
-        why = " ".join(map(str.strip, lines[: 1 + lines[0].rstrip().endswith(":")]))
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
+        why = " ".join(line.strip() for line in str(e).splitlines() if line.strip()) or type(e).__name__
         if not Path(target).is_dir():
             why = f"no such folder here, and fetching it from Hugging Face failed ({why})"
         raise RotorError(f"can't load {target}: {why}") from e
 
 
 def load(path: str | Path | None = None, **kwargs: Any) -> tuple[Any, ...]:
-    """(model, tokenizer), as `mlx_lm.load`, whose keyword arguments it takes. None loads the bundled model.
+    """Loads a model as `mlx_lm.load` does; on a CPU in float32, which it computes fastest.
+
+    Args:
+        path: a model's folder or Hugging Face repository; None is the bundled model.
+        kwargs: keyword arguments of `mlx_lm.load`, such as `adapter_path`.
+
+    Returns:
+        (model, tokenizer), with `return_config=True` (model, tokenizer, config).
 
     Raises:
         RotorError: no model there, or one mlx_lm can't read; the cause is named.
+
+    Example:
+        >>> model, tokenizer = mlx_rotor.load()
     """
     versions.check()
     target = located(path)

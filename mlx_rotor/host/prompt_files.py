@@ -14,6 +14,7 @@ from mlx_lm.models import cache as stock
 
 from ..cache import RotorCache, Scheme
 from ..errors import RotorError
+from ..files import replacing
 from .attachment import make_prompt_cache, register, stock_cache
 from .layers import SHORTEST_WINDOW, compress, limited
 from .notes import fingerprint
@@ -36,7 +37,7 @@ def _checksum(caches: list[Any]) -> str:
 
 
 def written_path(path: str | Path) -> Path:
-    """The file `save_prompt_cache` writes for `path`: with .safetensors at its end."""
+    """The file that `path` stands for in writing and in reading: with .safetensors at its end."""
     target = Path(path)
     return target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
 
@@ -50,14 +51,13 @@ def save_prompt_cache(path: str | Path, caches: list[Any], metadata: dict[str, s
         RotorError: the file can't be written.
     """
     target = written_path(path)
+    # mlx writes no other name than one that ends in .safetensors.
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
     try:
-        stock.save_prompt_cache(str(temporary), caches, {**(metadata or {}), CHECKSUM: _checksum(caches)})
-        os.replace(temporary, target)
+        with replacing(target, temporary):
+            stock.save_prompt_cache(str(temporary), caches, {**(metadata or {}), CHECKSUM: _checksum(caches)})
     except (OSError, RuntimeError) as e:
         raise RotorError(f"can't write the prompt cache {target}: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -68,6 +68,7 @@ def read_prompt_cache(path: str | Path) -> tuple[list[Any], dict[str, Any]]:
         RotorError: an unreadable, foreign or damaged file.
     """
     register()
+    path = written_path(path)
     try:
         caches, metadata = stock.load_prompt_cache(str(path), return_metadata=True)
         metadata = dict(metadata or {})

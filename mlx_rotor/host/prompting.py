@@ -49,7 +49,7 @@ def render(
     """`text` as a user's turn in the tokenizer's chat template; `after_cache` leaves out what stands before it.
 
     Raises:
-        RotorError: `template_config` is no JSON object.
+        RotorError: `template_config` is no JSON object, or the template fails.
     """
     try:
         config = json.loads(template_config or "{}")
@@ -62,7 +62,8 @@ def render(
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": content})
         messages += [{"role": "assistant", "content": prefill}] if prefill is not None else []
-        return tokenizer.apply_chat_template(
+        return templated(
+            tokenizer,
             messages,
             tokenize=False,
             continue_final_message=prefill is not None,
@@ -71,7 +72,24 @@ def render(
         )
 
     rendered = whole(text)
-    return rendered[whole("<query>").index("<query>") :] if after_cache else rendered
+    if not after_cache:
+        return rendered
+    before, found, _ = whole("<query>").partition("<query>")
+    if not found:
+        raise RotorError("the chat template of this model leaves out what a user says; use --ignore-chat-template")
+    return rendered[len(before) :]
+
+
+def templated(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
+    """`messages` in the tokenizer's chat template: text, or with mlx_lm's default `tokenize=True` token ids.
+
+    Raises:
+        RotorError: the template fails.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as e:  # a template is a program of the model's, which may raise anything
+        raise RotorError(f"the chat template of this model fails: {e or type(e).__name__}") from e
 
 
 def encode(tokenizer: Any, text: str, *, rendered: bool) -> Prompt:

@@ -1,5 +1,8 @@
-"""Blocks that choose experts by the routing kernel and call them fused: in place of the code of mlx_lm's that is known,
-for as many tokens as the experts are fused for."""
+"""Puts the routing kernel into a model's expert blocks, where `models` knows the block's code to the letter.
+
+Such a block computes logits, choice, experts and sum through kernels for as many tokens as its experts are fused for,
+and leaves every other call to mlx_lm's own code.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.experts.routing import route
+from ..models import Block, Choice, routers
 from .expert_layers import State, state_of
-from .known_routers import Block, Choice, known
 from .notes import note, noted
+from .versions import digest
 
 _NAME = "_rotor_router"
 
@@ -91,6 +95,20 @@ def _attach(module: Any, layer: Any) -> str:
         note(module, _NAME, _Kept(kind, block))
         module.__class__ = _routed(kind)
     return why
+
+
+def known(module: Any) -> tuple[Block | None, str]:
+    """The description of an expert block of a model, or None and why there is none that holds for its code."""
+    kind: Any = type(module)
+    block = routers().get(f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}")
+    if block is None:
+        return None, f"{kind.__name__} is none that is known"
+    if digest(kind, block.uses) != block.digest:
+        return None, f"{kind.__name__} is other code in this mlx_lm"
+    gate = type(module[block.gate]) if block.gate else kind
+    if block.gate and (gate.__module__, f"{gate.__qualname__}.__call__") != (kind.__module__, block.uses[0]):
+        return None, f"its gate is a {gate.__name__}"
+    return block, ""
 
 
 def detach(model: Any) -> None:

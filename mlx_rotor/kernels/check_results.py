@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RotorError
+from ..files import write_bytes
 from . import metal
 from .spec import Codec, PackedWeight, WeightFormat
 
@@ -133,14 +134,12 @@ def _store(found: Sequence[Failure | Slower]) -> None:
         del known[key()]
     if not known and not path().exists():
         return
-    temporary = path().with_name(f"{path().name}.{os.getpid()}.tmp")
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path())
+        # Another process may be writing the same file.
+        temporary = path().with_name(f"{path().name}.{os.getpid()}.tmp")
+        write_bytes(path(), (json.dumps(known, indent=1) + "\n").encode(), temporary)
     except OSError as e:
-        with suppress(OSError):
-            temporary.unlink()
         raise RotorError(f"{path()}: {e.strerror}; set MLX_ROTOR_CACHE to a folder that can be written") from e
     forget()
 

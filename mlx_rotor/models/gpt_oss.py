@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .architecture import Architecture, Fused, Tensor
+from .router import Block, Choice, Routing, router
 from .tree import ATTENTION, MLP, TRANSFORMER, UNUSED, experts
 
 EXPERTS = MLP + "experts."
@@ -35,3 +38,10 @@ ARCHITECTURE = Architecture(
     ),
     drop=UNUSED,
 )
+
+
+def _choice(block: Any) -> Choice:
+    return Choice(Routing("softmax_of_chosen", False, ascending=True), block.num_experts_per_tok)
+
+
+ROUTERS = (Block("gpt_oss.MLPBlock", "25d463fe9bbb", _choice, router, ("mlx_topk",), experts="experts"),)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from .architecture import Tensor
 from .qwen_moe import ARCHITECTURE as QWEN_MOE
+from .qwen_moe import add_gated_shared, normalized
+from .router import Block, gate
 from .tree import ATTENTION, LAYER
 
 LINEAR = LAYER + "linear_attn."
@@ -27,3 +29,5 @@ ARCHITECTURE = replace(
         *QWEN_MOE.tensors,
     ),
 )
+
+ROUTERS = (Block("qwen3_next.Qwen3NextSparseMoeBlock", "6e8e166f2bd8", normalized, gate, finish=add_gated_shared),)

@@ -13,13 +13,11 @@ from typing import Any
 from ..cache import DEFAULT
 from ..errors import RotorError
 from ..experts import formats
-from ..quant.fit.lloyd import NOTE
+from ..files import write_json, write_text
 from ..quant.job.manifest import PROVENANCE
-from ..quant.safetensors_io import write_json
 from ..quant.source import is_repository
 from .evaluation import Evaluation, Row
 from .metrics import Estimate
-from .record import replace_text
 from .streamed import Quality
 
 CARD = "README.md"
@@ -116,7 +114,7 @@ class Card:
             how = f"with calibration ({facts})"
         errors = {role: e for role, e in self.made["relative_error"].items() if e}
         said = ", ".join(f"{role} {e:.2%}" for role, e in errors.items())
-        note = f" ({NOTE})" if "lloyd" in self._formats else ""
+        note = "".join(f" ({note})" for mode in self._formats if (note := formats.kind(mode).note))
         tail = f"\n\n|w − stored| / |w| by role: {said}{note}." if said else ""
         return f"## How it was fitted\n\nFit `{self.made['fit']}`, {how}.{tail}"
 
@@ -256,7 +254,7 @@ def write(folder: str | Path, card: Card) -> None:
             write_json(folder / PROVENANCE, {**card.made, "evaluation": card.evaluation.to_dict()})
     except OSError as e:
         raise RotorError(f"{folder / PROVENANCE}: {e.strerror}") from e
-    replace_text(folder / CARD, text)
+    write_text(folder / CARD, text)
 
 
 def inherited(source: str | Path | None) -> dict[str, Any]:

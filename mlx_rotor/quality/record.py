@@ -7,13 +7,13 @@ same; of the package itself that is the version, so a file is to be deleted when
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import RotorError
+from ..files import write_text
 from .footprint import Footprint
 from .greedy import Greedy
 from .metrics import Divergence, Estimate, Tally
@@ -45,21 +45,7 @@ def read(path: Path) -> Report:
 
 def write(path: Path, report: Report) -> None:
     """Writes the file whole or not at all. Raises RotorError where it can't."""
-    replace_text(path, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The file `path` with `text`, or as it was before. Raises RotorError where it can't be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise RotorError(f"{path}: {e.strerror}; give a file in a folder that can be written") from e
+    write_text(path, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def same_basis(path: Path, found: Report, basis: Basis, machine: Mapping[str, str]) -> None:

@@ -201,6 +201,12 @@ class Plan:
     def bits_per_weight(self) -> float:
         return self.nbytes * 8 / self.parameters
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the errors of its formats must know (`Format.note`); mostly nothing."""
+        found = (e.spec.format.note for e in self.entries if e.spec is not None and e.spec.format is not None)
+        return sorted({note for note in found if note})
+
     def total(self) -> str:
         """`92.871 GB = 86.49 GiB, 3.2488 bits a weight`."""
         return amount(self.nbytes, self.parameters)

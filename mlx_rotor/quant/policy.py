@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RotorError
+from ..fit import FITS
 from . import selectors as layer_sets
 from .selectors import ROLES, Layers, expand, kept_unasked
 from .spec import BITS, FIXED, GROUP_SIZES, MODES, OURS, Budget, Spec, bits_of, one_of, parse_table, sizes
@@ -56,7 +57,6 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent / "policies"
-FITS = ("fast", "search", "best")
 KV_CODECS = ("fp8",)  # those with a scale to calibrate
 
 

@@ -89,7 +89,7 @@ class Recipe:
             raise RotorError("--rescale-overflows goes by the largest inputs: give --calibration")
         if self.sensitivities is not None and self.target is None:
             raise RotorError(
-                "--sensitivities choose bits for a size: give --target-size, --target-bpw, --fit 128GB, or a policy"
+                "--sensitivities choose bits for a size: give --target-size, --target-bpw, --memory 128GB, or a policy"
                 " with a [budget]"
             )
 

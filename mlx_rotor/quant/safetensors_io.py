@@ -19,6 +19,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from ..errors import RotorError
+from ..files import sync_folder
 
 ITEMSIZE = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -244,28 +245,3 @@ class ShardWriter:
         while view:
             done = os.pwrite(self._fd, view[: 1 << 30], offset)
             view, offset = view[done:], offset + done
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is either absent or complete; see `write_whole`."""
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is either absent (or as it was) or complete: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

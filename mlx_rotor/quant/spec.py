@@ -12,8 +12,9 @@ from typing import Any
 from ..errors import RotorError
 from ..experts import formats
 
-BITS = (2, 3, 4, 5, 6, 8)  # of mode affine
-GROUP_SIZES = (32, 64, 128)
+AFFINE = formats.kind(formats.MLX)
+BITS = tuple(b for b in AFFINE.all_bits if b not in AFFINE.read_only)  # of mode affine
+GROUP_SIZES = tuple(sorted(AFFINE.group_sizes))
 FIXED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # modes whose bits and group size are MLX's own
 OURS = tuple(formats.ours())  # what MLX doesn't have
 MODES = ("affine", *FIXED, *OURS)

@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    scheme = kv.scheme_of(args)
+    scheme = kv.choice_of(args).scheme
 
     from ..bundled import MODEL
     from .reader import OpenAI

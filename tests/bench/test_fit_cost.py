@@ -6,7 +6,7 @@ import pytest
 
 from mlx_rotor.bench import fits
 from mlx_rotor.bench.fits import LayerError, inputs, lines, measure, measure_layers
-from mlx_rotor.quant.fit.gaussian import relative_error
+from mlx_rotor.quant.fit import relative_error
 from mlx_rotor.quant.policy import Spec
 
 

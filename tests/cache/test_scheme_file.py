@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scheme_file.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RotorError, match="No space left on device"):
         scheme_file.write(file, Sidecar("three", LAYERS))
     assert file.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["s.json"]

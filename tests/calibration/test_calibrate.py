@@ -1,5 +1,6 @@
 """Calibration on tiny random models, against the same figures worked out another way."""
 
+import importlib
 import json
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import cache as stock
 
-from mlx_rotor import calibration, evaluate
+from mlx_rotor import calibration
 from mlx_rotor.bundled import held_out_text
 from mlx_rotor.cache import RotorCache, scheme_file
 from mlx_rotor.calibration import SEARCH, Reading, maxima
@@ -18,6 +19,8 @@ from mlx_rotor.host import attention
 from mlx_rotor.quality import greedy
 from mlx_rotor.quality.model import Subject, Target
 from mlx_rotor.quality.sample import QUICK, THOROUGH, draw_between, encode
+
+evaluate = importlib.import_module("mlx_rotor.evaluate")  # the command; the package has a function of that name
 
 READING = Reading(2, 96, 32)
 
@@ -161,9 +164,13 @@ def test_default_windows_lie_between_those_of_a_comparison(bundled):
         draw_between(range(100), [], 3, 64)
 
 
+FP8 = ("--kv", "fp8")
+
+
 def test_fp8_from_the_command_line(checkpoints, tmp_path, capsys):
     file = tmp_path / "fp8.json"
-    arguments = ["--calibrate-kv", str(file), "--model", str(checkpoints["a"]), "--windows", "1", "--window", "64"]
+    arguments = ["--calibrate-kv", str(file), "--kv", "fp8", "--model", str(checkpoints["a"])]
+    arguments += ["--windows", "1", "--window", "64"]
     assert run(evaluate.main, arguments) == 0
     out = capsys.readouterr().out
     scheme = scheme_file.read(file)
@@ -191,7 +198,7 @@ def test_fp8_from_the_command_line(checkpoints, tmp_path, capsys):
 def test_bits_from_the_command_line(checkpoints, tmp_path, capsys):
     file, text = tmp_path / "cal.json", tmp_path / "mine.txt"
     text.write_text(held_out_text()[:4000])
-    arguments = ["--kv-calibrate", str(file), "--model", str(checkpoints["a"]), "--windows", "1", "--window", "64"]
+    arguments = ["--calibrate-kv", str(file), "--model", str(checkpoints["a"]), "--windows", "1", "--window", "64"]
     arguments += [
         "--chunk",
         "32",
@@ -214,17 +221,18 @@ def test_bits_from_the_command_line(checkpoints, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--calibrate-kv", "x.txt"], "--calibrate-kv x.txt: a scheme's file must end in .json"),
-        (["--kv-calibrate", "/nowhere/x.json"], "--kv-calibrate /nowhere/x.json: can't write a file there"),
-        (["--kv-calibrate", "x.json", "--calibrate-kv", "y.json"], "write one file each"),
-        (["--kv-calibrate", "x.json", "--kv", "turbo2", "--thorough"], "--kv, --thorough: not of use in calibrating"),
+        (["--calibrate-kv", "x.txt", *FP8], "--calibrate-kv x.txt: a scheme's file must end in .json"),
+        (["--calibrate-kv", "/nowhere/x.json", *FP8], "--calibrate-kv /nowhere/x.json: can't write a file there"),
+        (["--calibrate-kv", "x.json"], "takes either --kv fp8 (a scale for each layer's K and V) or --target-bits X"),
+        (["--calibrate-kv", "x.json", *FP8, "--target-bits", "3"], "takes either --kv fp8"),
+        (["--calibrate-kv", "x.json", "--kv", "turbo2"], "not --kv turbo2"),
+        (["--calibrate-kv", "x.json", "--candidates", "turbo2"], "--candidates is for --target-bits X"),
+        (["--calibrate-kv", "x.json", *FP8, "--thorough"], "--thorough: not of use in calibrating"),
         (["--calibrate-kv", "x.json", "--needles", "0", "--kv-ring", "0"], "--needles, --kv-ring: not of use in"),
-        (["--kv-calibrate", "x.json", "--target-bits", "nan"], "--target-bits nan: must be a number above 0"),
-        (["--kv-calibrate", "x.json", "--model", "a", "--model", "b"], "calibrated for one --model"),
-        (["--calibrate-kv", "x.json", "--target-bits", "3"], "are for --kv-calibrate"),
-        (["--candidates", "turbo2"], "are for --kv-calibrate"),
-        (["--calibrate-kv", "x.json", "--windows", "0"], "--windows 0: must be at least 1"),
-        (["--calibrate-kv", "x.json", "--window", "9000"], "more than the model's context of 8192"),
+        (["--calibrate-kv", "x.json", *FP8, "--model", "a", "--model", "b"], "calibrated for one --model"),
+        (["--candidates", "turbo2"], "are for --calibrate-kv"),
+        (["--calibrate-kv", "x.json", *FP8, "--windows", "0"], "--windows 0: must be at least 1"),
+        (["--calibrate-kv", "x.json", *FP8, "--window", "9000"], "more than the model's context of 8192"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says, capsys, tmp_path, monkeypatch):
@@ -240,3 +248,9 @@ def test_layers_of_several_caches_are_refused():
 
 def test_presets():
     assert SEARCH.windows * SEARCH.window == 1024 and calibration.MAXIMA.window == 512
+
+
+def test_the_former_flag_names_its_successor(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parser().parse_args(["--kv-calibrate", "x.json"])
+    assert "--kv-calibrate is now --calibrate-kv FILE.json --target-bits X" in capsys.readouterr().err

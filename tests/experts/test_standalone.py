@@ -103,8 +103,10 @@ def test_mlx_lm_alone_does_not_compute_with_a_missing_tensor(tmp_path):
 
 
 def test_the_file_is_short_and_formatted(tmp_path):
-    text = standalone.text({"quantization": {"a": {"bits": 8, "group_size": 32, "mode": "q8"}}})
-    assert len(text.splitlines()) < 150 and "{version}" not in text
+    forms = [formats.get(mode, *(known[0] for known in formats.known(mode))) for mode in formats.ours()]
+    specs = {f.mode: {"bits": f.bits, "group_size": f.group_size, "mode": f.mode} for f in forms}
+    text = standalone.text({"quantization": specs})
+    assert len(text.splitlines()) < 180 and "{{" not in text
     (tmp_path / standalone.NAME).write_text(text)
     for command in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--config", str(ROOT / "pyproject.toml")]
@@ -112,12 +114,13 @@ def test_the_file_is_short_and_formatted(tmp_path):
         assert done.returncode == 0, done.stdout
 
 
-def test_every_format_is_in_the_file():
+def test_a_file_has_the_decoders_of_its_checkpoints_formats_and_no_others():
+    assert set(formats.ours()) == {spec[0] for spec in MIXED.values()} - {"affine"}
     for mode in formats.ours():
         bits, groups = formats.known(mode)
-        name = formats.get(mode, bits[0], groups[0]).beside[0]
-        assert f'"{mode}": "{name}"' in standalone.TEMPLATE.read_text()
-    assert set(formats.ours()) == {spec[0] for spec in MIXED.values()} - {"affine"}
+        spec = {"mode": mode, "bits": bits[0], "group_size": groups[0]}
+        text = standalone.text({"quantization": {"a": spec}})
+        assert [other for other in formats.ours() if f"decode_{other}" in text] == [mode]
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization": {"bits": 4, "group_size": 64, "lm_head": False}}])

@@ -1,6 +1,7 @@
 """Attaching fused experts: parity of whole models, what is left to mlx_lm and how that is said, and taking them off."""
 
 import copy
+import importlib
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,15 +14,17 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 import mlx_rotor
 import zoo
 from expert_models import apart, expert_layers, logits, pack, pack_in
-from mlx_rotor import quantize
 from mlx_rotor.cli import command
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import expert_layers as fused_layers
-from mlx_rotor.host import experts, known_routers
+from mlx_rotor.host import experts
 from mlx_rotor.host.expert_layers import kernel_name
 from mlx_rotor.host.experts import attach_experts, detach_experts
 from mlx_rotor.host.versions import digest
+from mlx_rotor.models import routers
 from tiny_models import tiny
+
+quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
 GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": 8, "routed_scaling_factor": 1.7}
 MODELS = {
@@ -319,14 +322,16 @@ def test_every_known_block_is_the_installed_one():
     """A contract with the installed mlx_lm: a block of other code is left with its own router."""
     import importlib
 
-    for (module, name), block in known_routers.BLOCKS.items():
-        kind = getattr(importlib.import_module(f"mlx_lm.models.{module}"), name)
-        assert digest(kind, block.uses) == block.digest, (module, name)
+    assert len(routers()) == 28
+    for name, block in routers().items():
+        module, _, kind = name.partition(".")
+        found = getattr(importlib.import_module(f"mlx_lm.models.{module}"), kind)
+        assert digest(found, block.uses) == block.digest, name
 
 
 def test_other_code_keeps_its_router(model, monkeypatch):
-    key = ("minimax", "MiniMaxSparseMoeBlock")
-    monkeypatch.setitem(known_routers.BLOCKS, key, replace(known_routers.BLOCKS[key], digest="0" * 12))
+    name = "minimax.MiniMaxSparseMoeBlock"
+    monkeypatch.setitem(routers(), name, replace(routers()[name], digest="0" * 12))
     want = logits(model)
     report = attach_experts(model, "fused")
     assert report.describe() == (

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant.safetensors_io import ShardWriter, read_header, write_json
+from mlx_rotor.files import write_json
+from mlx_rotor.quant.safetensors_io import ShardWriter, read_header
 
 
 @dataclass(frozen=True)

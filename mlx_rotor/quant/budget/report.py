@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..fit.gaussian import relative_error
+from ..fit import relative_error
 from ..plan import Entry, Plan
 from ..policy import Spec
 from . import file_bytes

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RotorError
-from ..fit.gaussian import relative_error
+from ...files import write_json
+from ..fit import relative_error
 from ..plan import Plan
 from ..policy import BITS, GROUP_SIZES, Spec
-from ..safetensors_io import write_json
 
 FORMAT, VERSION = "mlx_rotor sensitivities", 1
 PRIOR = "prior"

@@ -20,6 +20,7 @@ import numpy as np
 
 from ...cache import scheme_file
 from ...errors import RotorError
+from ...files import write_json
 from ...host import kv_scales
 from ...host.layerwise import Layer, Layerwise
 from ...host.streamed import PROJECTIONS
@@ -27,7 +28,6 @@ from ...host.watch import KvLargest, compressed_layers
 from ..guide import EntryParameters, Statistics, Weights
 from ..plan import Entry, Plan
 from ..policy import FIXED
-from ..safetensors_io import write_json
 from ..selectors import ROLES
 from .kept import Spool
 from .moments import Coverage, LayerStatistics, Mixture, Moments

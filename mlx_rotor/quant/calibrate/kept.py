@@ -7,7 +7,6 @@ What a measurement of sensitivities has so far, on disk: after a crash it goes o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import RotorError
+from ...files import write_json, writing
 from ..policy import Spec
-from ..safetensors_io import sync_folder, write_json
 
 
 class Spool:
@@ -71,17 +70,12 @@ class Spool:
 def write_array(path: Path, count: int, chunks: Iterable[np.ndarray]) -> None:
     """A .npy file, float32 [count, ..], whole or not there. `chunks` of its first dimension, in order, each written
     before the next is asked for. OSError where it can't be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with writing(path) as file:
         for number, chunk in enumerate(chunks):
             if not number:
                 head = {"descr": "<f4", "fortran_order": False, "shape": (count, *chunk.shape[1:])}
                 np.lib.format.write_array_header_2_0(file, head)
             file.write(np.ascontiguousarray(chunk, "<f4").data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 STATE = "measured.json"

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ...errors import RotorError
 from ...experts import standalone
-from ...experts.formats import Format, get
+from ...experts.formats import Format, beside, get, modes
 from ...host.skeleton import Placeholders, StockReader
 from .section import EVERY, ROTOR, TRUSTING, Findings, Section
 
@@ -66,7 +66,7 @@ def _tensors(
         else:
             continue
         done.add(name)
-    for kind in ("scales", "biases", "codebooks"):
+    for kind in beside(modes()):
         if kind not in expected and (name := f"{path}.{kind}") in weights:
             found.error("extra-tensor", OURS, f"{kind}, which {words} does not have", [name], AGAIN)
             done.add(name)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import RotorError
+from ...experts.formats import beside, ours
 from ...host.skeleton import Placeholders, StockReader, stored_spec
 from ..safetensors_io import TensorInfo
 from . import formats
@@ -27,7 +28,7 @@ def tensors(config: Mapping[str, Any], headers: Mapping[str, TensorInfo], reader
         found.error("sanitize-fails", EVERY, str(e), [], "tensors are missing or not of this architecture")
         return
     _naming(headers, weights, found)
-    packed = [name for name in weights if name.endswith((".scales", ".codebooks"))]
+    packed = [name for name in weights if name.endswith(tuple(f".{kind}" for kind in beside(ours())))]
     section = section_of(config, bool(packed), found)
     if section is None:
         return

@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...files import write_json
 from ..calibrate.moments import Scaled
 from ..fit import decode, fit
 from ..guide import Guide, Statistics, Weights
 from ..plan import Entry, Plan
-from ..safetensors_io import write_json
 from .folds import (
     CLAMPED,
     DownFold,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RotorError
-from ..safetensors_io import sync_folder
+from ...files import sync_folder
 
 NAME = "journal.jsonl"
 

@@ -17,10 +17,10 @@ import mlx.core as mx
 
 from ...errors import RotorError
 from ...experts import standalone
+from ...files import write_bytes, write_json
 from ..guide import Guide
 from ..plan import Entry, Plan, Row
 from ..policy import Spec
-from ..safetensors_io import write_json, write_whole
 from ..source import INDEX
 from ..source.origin import Origin
 from .journal import Journal
@@ -170,10 +170,10 @@ def write(out: Path, made: Made, journal: Journal) -> Outcome:
     """Writes everything beside the weights; over what an earlier run that got this far wrote."""
     outcome = _outcome(made.plan, journal)
     for path in made.extra:
-        write_whole(out / path.name, path.read_bytes())
+        write_bytes(out / path.name, path.read_bytes())
     texts = {**formats_file(made.config, made.plan), **made.guide.files()}
     for name, text in texts.items():
-        write_whole(out / name, text.encode())
+        write_bytes(out / name, text.encode())
     write_json(out / INDEX, index(made.plan, made.files))
     rows = {name: {"bytes": (out / name).stat().st_size, "sha256": journal.files[name]} for name in made.files}
     for name in [*(path.name for path in made.extra), *texts, INDEX]:

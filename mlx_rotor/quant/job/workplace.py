@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...errors import RotorError
+from ...files import sync_folder
 from ..plan import decimal
-from ..safetensors_io import sync_folder
 from .journal import NAME
 
 WORK = ".mlx_rotor-job"

@@ -95,7 +95,7 @@ def test_check_results_are_obeyed_after_planning(name, layer, launched):
 
 
 def test_an_operation_that_failed_in_another_format_runs(layer, launched):
-    check_results.record(["x"], [Failure("x", "gate_up", (check_results.format_id(affine.MAKE(2, 64)),), "float32")])
+    check_results.record(["x"], [Failure("x", "gate_up", (check_results.format_id(affine.Affine(2, 64)),), "float32")])
     CALLS["gate_up"][1](layer, normal(1, 64))
     assert len(launched) == 1
 

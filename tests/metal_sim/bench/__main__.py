@@ -15,7 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_rotor.cache import scheme
-from mlx_rotor.cli.command import positive, run
+from mlx_rotor.cli.arguments import positive
+from mlx_rotor.cli.command import run
 from mlx_rotor.diagnose.expert_speed import Dims, Triple
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts import formats

@@ -11,7 +11,7 @@ from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import policy as policies
 from mlx_rotor.quant.budget import sensitivity
 from mlx_rotor.quant.budget.sensitivity import Sensitivities, fingerprint, prior, read, role_weight
-from mlx_rotor.quant.fit.gaussian import relative_error
+from mlx_rotor.quant.fit import relative_error
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import Spec
 

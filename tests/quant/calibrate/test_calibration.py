@@ -224,7 +224,8 @@ def test_a_job_that_ended_anywhere_goes_on_with_the_same_bytes(source, tmp_path)
         everything(calibration(source, tmp_path / "job", progress=stop), source.plan, (1,))
     assert "embeddings" not in calls and "layer 0" not in calls
     left = sorted(p.name for p in (tmp_path / "job").iterdir())
-    assert left == [STATE, "experts-0001-0.f32", "hidden-0001.npy", "hidden-0002.npy.tmp"]
+    assert left == [STATE, "experts-0001-0.f32", "hidden-0001.npy"]
+    (tmp_path / "job" / "hidden-0002.npy.tmp").write_bytes(b"as kill -9 leaves it")
     again = calibration(source, tmp_path / "job")
     assert "model.layers.0.block_sparse_moe.switch_mlp" in again.coverage
     rest = everything(again, source.plan, (1, None))

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant.fit import FITS, decode, fit, pack, rows, squared_error
+from mlx_rotor.fit import rows
+from mlx_rotor.quant.fit import FITS, decode, fit, pack, squared_error
 from mlx_rotor.quant.policy import BITS, FIXED, GROUP_SIZES, Spec
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_rotor.errors import RotorError
+from mlx_rotor.fit import rows as chunks
 from mlx_rotor.quant import fit_affine
 from mlx_rotor.quant.fit import pack
-from mlx_rotor.quant.fit import rows as chunks
 from mlx_rotor.quant.policy import BITS, GROUP_SIZES
 
 KINDS = {

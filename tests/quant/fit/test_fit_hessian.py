@@ -8,9 +8,11 @@ import pytest
 
 from mlx_rotor.bench.fits import inputs
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant.fit import Hessian, decode, fit, gptq
-from mlx_rotor.quant.fit.gptq import DAMPINGS, OWN
-from mlx_rotor.quant.fit.grids import AffineGrid, grid_of
+from mlx_rotor.experts.formats import get
+from mlx_rotor.experts.formats.affine import AffineGrid
+from mlx_rotor.fit import feedback
+from mlx_rotor.fit.feedback import DAMPINGS, OWN
+from mlx_rotor.quant.fit import Hessian, decode, fit
 from mlx_rotor.quant.policy import Spec
 
 K, ROWS = 256, 48
@@ -64,7 +66,7 @@ def test_eight_bits_are_fed_back_too(layer):
 def test_refitted_grids_never_cost_more_and_codebooks_stay_ordered(layer, spec):
     w, moments, _ = layer
     hessian, block = Hessian(moments), slice(0, spec.group_size)
-    grid = grid_of(w, spec, "search")
+    grid = get(spec.mode, spec.bits, spec.group_size).grid("search")
     inner = hessian.damped[block, block]
     group = mx.contiguous(w.T[block])
     stored = grid.fitted(
@@ -85,9 +87,9 @@ def test_refitted_grids_never_cost_more_and_codebooks_stay_ordered(layer, spec):
 def test_outputs_of_codebooks_keep_their_length(layer, method):
     w, moments, _ = layer
     spec, hessian = Spec(2, 128, "lloyd"), Hessian(moments)
-    sweep = gptq.Sweep(w.T, hessian, 128, grid_of(w, spec, method))
+    sweep = feedback.Sweep(w.T, hessian, 128, get(spec.mode, spec.bits, spec.group_size).grid(method))
     sweep.feed_back()
-    sweep.descend(gptq.SWEEPS[method])
+    sweep.descend(feedback.SWEEPS[method])
     short = np.array(w - sweep.errors.T, np.float64)
     exact, h = np.array(w, np.float64), np.array(hessian.damped, np.float64)
     stored = np.array(decode(fit(w, spec, method, hessian=hessian), spec), np.float64)
@@ -135,8 +137,8 @@ def test_a_refit_that_rounding_spoils_is_not_taken():
     # Far from zero the bias is rounded to a multiple of many codes: the scale then has to fit the bias as it is stored.
     rng = np.random.default_rng(0)
     w, hessian = mx.array((rng.standard_normal((64, 512)) + 300).astype(np.float32)), Hessian(mx.eye(64))
-    grid = AffineGrid(Spec(8, 64), "best")
-    sweep = gptq.Sweep(w, hessian, 64, grid)
+    grid = AffineGrid(8, "best")
+    sweep = feedback.Sweep(w, hessian, 64, grid)
     sweep.feed_back()
     codes, (good, bias), h = sweep.codes[0], sweep.stored[0], hessian.damped
     spoiled = np.arange(512) % 2 == 0
@@ -153,7 +155,7 @@ def test_descent_never_raises_the_cost_of_a_row(layer, monkeypatch):
     spec, hessian = Spec(2, 64), Hessian(moments)
     costs = []
     for sweeps in range(4):
-        monkeypatch.setitem(gptq.SWEEPS, "best", sweeps)
+        monkeypatch.setitem(feedback.SWEEPS, "best", sweeps)
         costs.append(cost(w, fit(w, spec, "best", hessian=hessian), spec, hessian.damped))
     for before, after in pairwise(costs):
         assert np.all(after <= before * (1 + 1e-4))

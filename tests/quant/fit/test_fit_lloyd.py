@@ -9,9 +9,8 @@ from test_fit_affine import IMPORTANCES, KINDS
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts.formats import get
+from mlx_rotor.fit import rows as chunks
 from mlx_rotor.quant.fit import FITS, decode, fit, squared_error
-from mlx_rotor.quant.fit import rows as chunks
-from mlx_rotor.quant.fit.lloyd import fit_lloyd
 from mlx_rotor.quant.policy import Spec
 
 SPECS = [Spec(bits, size, "lloyd") for bits in (2, 3, 4) for size in (64, 256)]
@@ -47,8 +46,8 @@ def test_no_group_is_worse_than_with_fast_and_every_weight_has_its_nearest_level
     w = mx.array(w.astype(np.float32))
     drawn = IMPORTANCES[case["importance"]](rng, k)
     importance = None if drawn is None else mx.array(drawn.astype(np.float32))
-    made = {"bits": bits, "group_size": size, "importance": importance}
-    parts = fit_lloyd(w, **made, fit=case["fit"], whole=case["whole"])
+    form = get("lloyd", bits, size)
+    parts = form.fitted(w, case["fit"], importance, whole=case["whole"])
     levels, decoded = levels_and_codes(parts, bits, size)
     assert np.isfinite(levels).all() and np.all(np.diff(levels, axis=-1) >= 0)
     wide = np.array(w, np.float64).reshape(4, 2, size)
@@ -60,7 +59,7 @@ def test_no_group_is_worse_than_with_fast_and_every_weight_has_its_nearest_level
         counts = np.broadcast_to(counts, (4, k)).reshape(4, 2, size)
         unread = counts.sum(-1, keepdims=True) == 0
         counts = np.where(unread, 1.0, counts)
-        plain = levels_and_codes(fit_lloyd(w, **made, fit="fast", whole=False), bits, size)[1]
+        plain = levels_and_codes(form.fitted(w, "fast", None, whole=False), bits, size)[1]
         mine, theirs = ((counts * (x - wide) ** 2).sum(-1) for x in (decoded, plain))
         noise = (counts.sum(-1, keepdims=True) * unit**2 * 1e-9)[..., 0]
         assert np.all(mine <= theirs * (1 + 1e-3) + noise)
@@ -72,10 +71,10 @@ def test_least_squares_where_lengths_may_shrink_and_whole_lengths_where_not(bits
     importance = mx.exp(mx.random.normal((512,), key=mx.random.key(9)))
     counts = np.array(importance).reshape(2, 256)
     x = np.array(w, np.float64).reshape(64, 2, 256)
-    made = {"bits": bits, "group_size": 256, "importance": importance}
+    form = get("lloyd", bits, 256)
     along = {}
     for whole in (False, True):
-        decoded = levels_and_codes(fit_lloyd(w, **made, whole=whole), bits, 256)[1]
+        decoded = levels_and_codes(form.fitted(w, "search", importance, whole=whole), bits, 256)[1]
         along[whole] = ((counts * x * decoded).sum(-1) / (counts * x * x).sum(-1)).mean()
         if not whole:
             assert (counts * decoded**2).sum() == pytest.approx((counts * x * decoded).sum(), rel=2e-3)

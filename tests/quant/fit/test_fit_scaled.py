@@ -10,9 +10,9 @@ from test_fit_affine import IMPORTANCES, KINDS
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts.formats import get
-from mlx_rotor.experts.formats.iq4_nl import LEVELS
-from mlx_rotor.quant.fit import FITS, decode, fit, rows
-from mlx_rotor.quant.fit.iq4_nl import Iq4NlLevels
+from mlx_rotor.experts.formats.iq4_nl import LEVELS, Iq4NlLevels
+from mlx_rotor.fit import rows
+from mlx_rotor.quant.fit import FITS, decode, fit
 from mlx_rotor.quant.policy import Spec
 
 SPECS = [Spec(4, 16, "iq4_nl"), Spec(4, 32, "iq4_nl"), Spec(8, 32, "q8")]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_rotor.errors import RotorError
+from mlx_rotor.fit import rows
 from mlx_rotor.quant import job
-from mlx_rotor.quant.fit import rows
 from mlx_rotor.quant.job import manifest, stream
 from mlx_rotor.quant.job.workplace import WORK
 from mlx_rotor.quant.policy import load, parse

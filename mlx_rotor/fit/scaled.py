@@ -1,26 +1,32 @@
-"""Groups of weights on fixed levels times one float16 scale: the search for the scale, by weighted least squares.
+"""Groups of weights stored as one float16 scale times fixed levels: the search for the scale by weighted least squares.
 
-Knows nothing of which levels; those of a format are a `Levels`.
+A format says which levels those are (`Levels`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
+from .feedback import NO_CURVATURE, Stored, rounded
 from .packing import pack
-from .rows import HALF_MAX, by_chunks, check
+from .rows import by_chunks
 from .search import LEAST, Groups, by_groups
 
 
 class Levels(Protocol):
-    """Of a format whose weights are scale * level, level one of fixed numbers around 0."""
+    """The fixed numbers around 0 that a format multiplies by a scale.
 
-    mode: str
+    Attributes:
+        bits: of a code.
+        most: the largest weight, of either sign, that a scale of 1 can hold.
+    """
+
     bits: int
-    most: float  # the largest scale times this is the largest weight, of either sign, that can be held
+    most: float
 
     def nearest(self, x: mx.array) -> mx.array:
         """The level, float32, that is closest to each x, float32 of any shape."""
@@ -47,13 +53,12 @@ def fit_scaled(
 ) -> tuple[mx.array, ...]:
     """Weights [.., K], finite, as (codes uint32 [.., K*bits/32], scales float16 [.., K/group_size]).
 
-    Without an effort the scale covers the group. With one sum(importance * (w - decoded)**2) of a group is never more
+    Without an effort the scale covers the group. With one, sum(importance * (w - decoded)**2) of a group is never more
     than without. Evaluates what it returns.
 
     Raises:
-        RotorError: a group size or an importance that don't go with w; weights beyond float16's scales.
+        RotorError: an importance that doesn't go with w.
     """
-    check(w, levels.mode, levels.bits, group_size, HALF_MAX * levels.most)
 
     def work(rows: mx.array, heeded: mx.array | None) -> tuple[mx.array, ...]:
         x = by_groups(rows.astype(mx.float32), group_size)
@@ -107,3 +112,32 @@ def _fitted(groups: Groups, levels: Levels, scale: mx.array) -> tuple[mx.array, 
 
 def _error(groups: Groups, levels: Levels, scale: mx.array) -> mx.array:
     return groups.mean(mx.square(groups.w - scale * on_grid(groups.w, scale, levels)))
+
+
+class ScaledGrid:
+    """A group's grid for error feedback: a float16 scale times fixed levels. A code is the level itself."""
+
+    def __init__(self, levels: Levels, effort: Effort | None) -> None:
+        self.levels, self.effort = levels, effort
+
+    def fitted(self, wanted: mx.array, importance: mx.array) -> Stored:
+        groups = Groups.of(wanted, importance, mx.float16)
+        return (scale_of(groups, self.levels, self.effort) * groups.unit,)
+
+    def nearest(self, x: mx.array, stored: Stored) -> mx.array:
+        return on_grid(x, stored[0], self.levels)
+
+    def values(self, codes: mx.array, stored: Stored) -> mx.array:
+        return stored[0] * codes
+
+    def refitted(self, codes: mx.array, slope: mx.array, inner: mx.array, stored: Stored) -> Stored:
+        curvature, pull = ((codes * x).sum(axis=0, keepdims=True) for x in (inner @ codes, slope))
+        step = rounded(stored[0] + pull / mx.maximum(curvature, NO_CURVATURE), mx.float16) - stored[0]
+        return (mx.where(step * (step * curvature - 2 * pull) < 0, stored[0] + step, stored[0]),)
+
+    def lengthened(self, stored: Stored, factor: mx.array) -> Stored:
+        return stored
+
+    def packed(self, codes: Sequence[mx.array], stored: Sequence[Stored]) -> tuple[mx.array, ...]:
+        words = pack(self.levels.codes(mx.concatenate(list(codes))).T, self.levels.bits)
+        return words, mx.concatenate([scale for (scale,) in stored]).astype(mx.float16).T

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rotor.quant.fit.lloyd import BEST, EFFORTS, SEARCH
-from mlx_rotor.quant.fit.ordered import Ordered
+from mlx_rotor.experts.formats.lloyd import BEST, EFFORTS, SEARCH
+from mlx_rotor.fit.ordered import Ordered
 
 KINDS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),

@@ -1,11 +1,11 @@
-from dataclasses import replace
+"""What the formats say of their fits' errors on normal weights is what is measured."""
 
 import pytest
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant.fit import FITS
-from mlx_rotor.quant.fit.gaussian import ERRORS, MODE_ERRORS, OUR_ERRORS, measure, our_specs, relative_error
-from mlx_rotor.quant.spec import BITS, FIXED, GROUP_SIZES, Spec, sizes
+from mlx_rotor.experts import formats
+from mlx_rotor.quant.fit import FITS, FIXED_ERRORS, measure, relative_error
+from mlx_rotor.quant.spec import BITS, FIXED, GROUP_SIZES, Spec
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -32,23 +32,24 @@ def test_and_of_those_that_mlx_does_not_have(spec, fit):
     assert relative_error(spec.bits, spec.group_size, fit, spec.mode) == pytest.approx(measured, rel=0.02)
 
 
-def test_it_covers_those_too_and_they_fall_alike():
-    assert list(OUR_ERRORS) == our_specs() and {s.mode for s in OUR_ERRORS} == {"lloyd", "iq4_nl", "q8"}
-    for spec, errors in OUR_ERRORS.items():
-        assert errors[0] > errors[1] >= errors[2] > 0
-        if 2 * spec.group_size in sizes(spec.mode):
-            larger = OUR_ERRORS[replace(spec, group_size=2 * spec.group_size)]
-            assert all(a < b for a, b in zip(errors, larger, strict=True))
+@pytest.mark.parametrize("mode", formats.ours())
+def test_errors_fall_with_effort_and_with_smaller_groups(mode):
+    errors = formats.kind(mode).errors
+    for (bits, size), found in errors.items():
+        assert found[0] > found[1] >= found[2] > 0
+        if larger := errors.get((bits, 2 * size)):
+            assert all(a < b for a, b in zip(found, larger, strict=True))
 
 
-def test_it_covers_every_format_and_falls_with_bits_smaller_groups_and_effort():
-    assert set(ERRORS) == {(b, g) for b in BITS for g in GROUP_SIZES} and set(MODE_ERRORS) == set(FIXED)
-    for (bits, size), errors in ERRORS.items():
-        assert errors[0] > errors[1] > errors[2] > 0
+def test_errors_of_mlxs_own_fall_with_bits_smaller_groups_and_effort():
+    errors = formats.kind("affine").errors
+    assert set(errors) == {(b, g) for b in BITS for g in GROUP_SIZES} and set(FIXED_ERRORS) == set(FIXED)
+    for (bits, size), found in errors.items():
+        assert found[0] > found[1] > found[2] > 0
         if size < 128:
-            assert all(a < b for a, b in zip(errors, ERRORS[bits, 2 * size], strict=True))
+            assert all(a < b for a, b in zip(found, errors[bits, 2 * size], strict=True))
         if bits < 8:
-            assert all(a > 3 * b for a, b in zip(errors, ERRORS[BITS[BITS.index(bits) + 1], size], strict=True))
+            assert all(a > 3 * b for a, b in zip(found, errors[BITS[BITS.index(bits) + 1], size], strict=True))
 
 
 def test_unknown_formats_and_fits_are_errors():

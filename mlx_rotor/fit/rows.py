@@ -1,7 +1,4 @@
-"""How much of a weight is worked on at a time.
-
-A weight's rows, a chunk at a time, each with the importance that goes with it.
-"""
+"""A weight's rows, a chunk at a time, each chunk with the importance that belongs to it."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from ...errors import RotorError
-from ...experts.formats import get
+from ..errors import RotorError
 
 # About sixteen float32 arrays of a chunk's size exist at once, in a search for codebooks up to forty. A CPU is fastest
 # while they stay in its cache; a GPU wants enough work in each launch.
@@ -61,15 +57,6 @@ def check_not_empty(w: mx.array) -> None:
     """RotorError where there is nothing to fit."""
     if w.ndim == 0 or w.size == 0:
         raise RotorError(f"no weights to fit: shape {w.shape}")
-
-
-def check(w: mx.array, mode: str, bits: int, group_size: int, most: float) -> None:
-    """RotorError where weights of this shape have no such form, or one of them is beyond `most`."""
-    check_not_empty(w)
-    get(mode, bits, group_size).check(w.shape[-1])
-    largest = largest_of(w)
-    if largest > most:
-        raise RotorError(f"{mode} holds {most:g} at most, a weight is {largest:.4g}: use another mode")
 
 
 def largest_of(w: mx.array) -> float:

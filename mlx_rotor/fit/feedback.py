@@ -1,22 +1,19 @@
-"""Second moments of a layer's inputs, factorised for error feedback.
+"""Codes that make up for one another's errors on a layer's inputs: error feedback, then descent.
 
-Codes that make up for one another's errors on a layer's inputs: error feedback, then descent.
-
-Feedback is GPTQ's (Frantar et al. 2022), in the left-looking form of its LDL decomposition (QuIP, Chee et al. 2023),
-with each group's grid fitted when the sweep reaches it. Descent moves codes, then grids, one group at a time, to where
-the rest as it is leaves the least error. Weights are held transposed, [K, R].
+Feedback is that of GPTQ (Frantar et al. 2022), in the left-looking form of its LDL decomposition (QuIP, Chee et al.
+2023); each group's grid is fitted when the sweep reaches it. Descent then moves the codes and the grid of one group at
+a time to where, all other groups as they are, the least error remains. Weights are held transposed, [K, R].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import mlx.core as mx
 
-from ...errors import RotorError
-from ..spec import Spec
-from .grids import Grid, Stored, grid_of
-from .lloyd import LONGEST
+from ..errors import RotorError
 
 # Added to the diagonal, as shares. Of an entry itself: moments of few inputs make too much of correlations. Of the mean
 # entry, tried in turn until the matrix is positive definite.
@@ -78,22 +75,58 @@ class Hessian:
         )
 
 
+NO_CURVATURE = 1e-30
+Stored = tuple[mx.array, ...]  # float32 [m, R] each, of values that the stored dtype has
+
+
+class Grid(Protocol):
+    """How a format stores one group of weights of every row, for error feedback. Weights are held transposed, [g, R].
+
+    Codes are float32 or uint32 [.., R], whatever `nearest` makes of weights; only `packed` looks into them.
+    """
+
+    def fitted(self, wanted: mx.array, importance: mx.array) -> Stored:
+        """The grid for weights [g, R] of least squared error, each counted as importance [g, 1] says."""
+
+    def nearest(self, x: mx.array, stored: Stored) -> mx.array:
+        """Codes [m, R] whose values are closest to x [m, R]."""
+
+    def values(self, codes: mx.array, stored: Stored) -> mx.array:
+        """Of codes [m, R], float32."""
+
+    def refitted(self, codes: mx.array, slope: mx.array, inner: mx.array, stored: Stored) -> Stored:
+        """The grid that suits codes [g, R] under a Hessian `inner` [g, g], by `slope` [g, R], H times what weights
+        differ from their values by; the old one where rounding eats the gain."""
+
+    def lengthened(self, stored: Stored, factor: mx.array) -> Stored:
+        """The grid with values a factor [1, R] as large, where the format lengthens its levels; else the same grid."""
+
+    def packed(self, codes: Sequence[mx.array], stored: Sequence[Stored]) -> tuple[mx.array, ...]:
+        """What a reader takes, [R, ..] each, of all groups in their order."""
+
+
+def rounded(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The float32 values nearest x that `dtype` has."""
+    return x.astype(dtype).astype(mx.float32)
+
+
+LONGEST = 2.0  # of factors on levels; groups of a few far weights and many small ones lack the most
 SWEEPS = {"search": 0, "best": 3}  # of descent
 NOTHING = 1e-30
 
 
-def fit_hessian(w: mx.array, hessian: Hessian, spec: Spec, fit: str) -> tuple[mx.array, ...]:
+def fit_hessian(w: mx.array, hessian: Hessian, group_size: int, grid: Grid, fit: str) -> tuple[mx.array, ...]:
     """Weights [R, K], finite, as what is stored of them, for the least error e H e^T of each row. Deterministic.
 
-    `search` is one sweep of feedback; `best` descends from there. Codebooks are then lengthened row by row, as
-    `fit_lloyd` does it by groups: so that outputs along the exact ones keep their length. Evaluates what it returns.
+    `search` is one sweep of feedback; `best` descends from there. Formats that lengthen their levels do so row by row:
+    outputs along the exact ones then keep their length. Evaluates what it returns.
 
     Raises:
         RotorError: shapes that don't go together; a Hessian that isn't positive definite.
     """
     if w.ndim != 2 or w.shape[1] != hessian.size:
         raise RotorError(f"a Hessian of {hessian.size} inputs fits weights [rows, {hessian.size}], not {w.shape}")
-    sweep = Sweep(w.astype(mx.float32).T, hessian, spec.group_size, grid_of(w, spec, fit))
+    sweep = Sweep(w.astype(mx.float32).T, hessian, group_size, grid)
     sweep.feed_back()
     sweep.descend(SWEEPS[fit])
     factor = sweep.lacking()

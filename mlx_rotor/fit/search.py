@@ -1,16 +1,13 @@
-"""Groups of weights and grids scale * code + bias, code in 0..2**bits - 1, for them: weighted least squares.
+"""Groups of weights, and the search for the grid scale * code + bias of each group by weighted least squares.
 
-A group is a column of an array whose first axis runs over its weights: reductions then read memory in order. Knows
-nothing of rows, packing and where grids come from.
-
-The search for a group's grid: many starts, alternation of line and codes, and a choice after rounding.
+A group is a column of an array whose first axis runs over the group's weights, so that reductions read memory in
+order. The search tries many starts, alternates between the line and the codes, and chooses after rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import mlx.core as mx
 
@@ -91,7 +88,7 @@ def _normalized(importance: mx.array) -> mx.array:
     return (importance + unread) / (total + unread * importance.shape[0])
 
 
-Grid = tuple[mx.array, mx.array]  # scale and bias, [1, *n] each
+Line = tuple[mx.array, mx.array]  # scale and bias, [1, *n] each
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class Effort:
     descents: int
 
 
-def search(groups: Groups, plain: Grid, bits: int, effort: Effort) -> tuple[mx.array, mx.array, mx.array]:
+def search(groups: Groups, plain: Line, bits: int, effort: Effort) -> tuple[mx.array, mx.array, mx.array]:
     """(scale, bias, codes): [1, *n] in `groups.dtype`, as stored, and codes [g, *n] as float32.
 
     Never worse than `plain` = scale and bias as stored, of a grid known beforehand.
@@ -146,7 +143,7 @@ def search(groups: Groups, plain: Grid, bits: int, effort: Effort) -> tuple[mx.a
 
 def _starts(
     groups: Groups, centred: mx.array, low: mx.array, high: mx.array, bits: int, effort: Effort
-) -> Iterator[Grid]:
+) -> Iterator[Line]:
     top = 2**bits - 1
     yield from _between(low, high, effort.ends, top)
     if groups.importance is not None:
@@ -156,7 +153,7 @@ def _starts(
         yield from _between(low, high, effort.heeded, top)
 
 
-def _between(low: mx.array, high: mx.array, ends: Iterable[tuple[float, float]], top: int) -> Iterator[Grid]:
+def _between(low: mx.array, high: mx.array, ends: Iterable[tuple[float, float]], top: int) -> Iterator[Line]:
     for a, b in ends:
         yield mx.maximum((high * b - low * a) * (1 / top), LEAST), low * a
 
@@ -187,51 +184,3 @@ def _lower(new: tuple[mx.array, ...], old: tuple[mx.array, ...]) -> tuple[mx.arr
     wins = new[0] <= old[0]
     error, scale, bias = (mx.where(wins, x, y) for x, y in zip(new, old, strict=True))
     return error, scale, bias
-
-
-def _square(*steps: float) -> tuple[tuple[float, float], ...]:
-    return tuple((a, b) for a, b in product(steps, repeat=2))
-
-
-_ONE = ((1.0, 1.0),)
-_EXACT = (1.0,)
-_NEIGHBOURS = (1 - 2**-8, 1.0, 1 + 2**-8)
-_NEAR = (1 - 2**-7, *_NEIGHBOURS, 1 + 2**-7)
-
-# Chosen greedily from square grids of ends for the least mean error over normal, Student (5) and Laplace weights in
-# groups of 32 to 128, and the heeded ones likewise with log-normal importance. From 6 bits on the scale's rounding
-# decides.
-SEARCH: dict[int, Effort] = {
-    2: Effort(
-        ((0.65, 0.65), (0.5, 0.7), (0.75, 0.55), (0.65, 0.8), (0.55, 0.5), (0.85, 0.7), (0.55, 0.9), (0.8, 0.45)),
-        ((0.75, 0.75), (0.9, 0.6), (0.6, 0.9), (0.9, 0.85)),
-        2,
-        _EXACT,
-        0,
-    ),
-    3: Effort(
-        ((0.85, 0.85), (0.95, 0.8), (0.8, 0.95), (0.95, 0.95), (0.8, 0.75), (0.75, 0.85), (1.0, 0.9), (0.9, 1.0)),
-        ((0.9, 0.9), (0.8, 1.0), (1.0, 0.85), (1.0, 1.0)),
-        2,
-        _EXACT,
-        0,
-    ),
-    4: Effort(
-        ((0.97, 0.97), (1.0, 0.91), (0.94, 1.0), (0.97, 0.94), (0.91, 1.0), (1.0, 0.94), (0.91, 0.94), (0.97, 1.0)),
-        ((0.98, 0.98), (0.98, 0.9), (0.9, 0.98)),
-        2,
-        _EXACT,
-        0,
-    ),
-    5: Effort(((1.0, 1.0), (0.96, 1.0), (1.0, 0.96), (0.98, 0.98)), _ONE, 2, _NEIGHBOURS, 0),
-    6: Effort(((1.0, 1.0), (0.98, 0.98)), _ONE, 2, _NEIGHBOURS, 0),
-    8: Effort(_ONE, (), 1, _NEIGHBOURS, 0),
-}
-BEST: dict[int, Effort] = {
-    2: Effort(_square(0.35, 0.5, 0.65, 0.8, 0.95), _square(0.55, 0.7, 0.85, 1.0), 6, _NEAR, 2),
-    3: Effort(_square(0.6, 0.7, 0.8, 0.9, 1.0), _square(0.7, 0.8, 0.9, 1.0), 6, _NEAR, 2),
-    4: Effort(_square(0.8, 0.86, 0.91, 0.96, 1.0), _square(0.8, 0.9, 1.0), 6, _NEAR, 2),
-    5: Effort(_square(0.88, 0.93, 0.97, 1.0), _square(0.9, 1.0), 6, _NEAR, 2),
-    6: Effort(_square(0.94, 0.97, 1.0), _ONE, 4, _NEAR, 2),
-    8: Effort(_square(0.98, 1.0), _ONE, 3, _NEAR, 2),
-}
