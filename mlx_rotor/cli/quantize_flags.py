@@ -11,9 +11,10 @@ from .. import bundled
 from ..cache import scheme
 from ..errors import RotorError
 from ..fit import FITS
+from ..memory.sizes import parse_size, ram_size, token_count
 from ..quant import policy as policies
-from ..quant.spec import BUNDLED, FOLDS, parse_size
-from .arguments import Parser, parsed, positive, with_unit
+from ..quant.spec import BUNDLED, FOLDS
+from .arguments import Parser, parsed, positive
 
 if TYPE_CHECKING:
     from ..memory.room import Room
@@ -41,27 +42,27 @@ def parser() -> Parser:
     )
     bits.add_argument(
         "--target-size",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="solve for weight files of this size, e.g. 86GB",
     )
     bits.add_argument("--target-bpw", type=float, metavar="BITS", help="solve for this many bits a weight, e.g. 3.25")
     bits.add_argument(
         "--memory",
-        type=with_unit(_ram),
+        type=parsed(ram_size),
         metavar="SIZE",
         help="a Mac's RAM, e.g. 128GB: solve for the bits that leave room for --context",
     )
     bits.add_argument(
         "--context",
-        type=parsed(_tokens),
+        type=parsed(token_count),
         metavar="TOKENS",
         help="with --memory: tokens to have room for (32K)",
     )
     bits.add_argument("--kv", metavar="SCHEME", help=f"with --memory: KV scheme of that room ({scheme.DEFAULT})")
     bits.add_argument(
         "--wired-limit",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="with --memory: what sysctl iogpu.wired_limit_mb gives the GPU (macOS's default)",
     )
@@ -113,7 +114,7 @@ def parser() -> Parser:
     )
     job.add_argument(
         "--shard-size",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         help="largest weight file, e.g. 4GB, 500MB (4GB)",
     )
 
@@ -209,18 +210,6 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
         rescale=args.rescale_overflows,
         **({} if args.shard_size is None else {"shard_bytes": args.shard_size}),
     )
-
-
-def _ram(text: str) -> int:
-    from ..memory.room import ram_size  # with mlx_lm, which --help need not wait for
-
-    return ram_size(text)
-
-
-def _tokens(text: str) -> int:
-    from ..memory.room import token_count
-
-    return token_count(text)
 
 
 def _fit(text: str) -> str:

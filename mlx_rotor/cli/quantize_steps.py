@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from ..errors import RotorError
 from ..memory.room import Room, missing
 from ..quality import card
-from ..quality.evaluation import Evaluation, compared, evaluate
+from ..quality.evaluation import Evaluation, compare_policies, evaluate_checkpoint
 from ..quality.sample import Domain, domains
-from ..quality.streamed import Streamed, check
+from ..quality.streamed import SourceReference, check_runnable
 from ..quant import policy as policies
 from ..quant import upload
 from ..quant.budget import TooSmall, report
@@ -126,7 +126,7 @@ def card_inputs(args: argparse.Namespace, plan: Plan) -> tuple[tuple[Domain, ...
     """
     texts = domains(args.text or ())
     source = locate(args.model)
-    check(source, texts)
+    check_runnable(source, texts)
     plans = []
     for name in args.baseline or BASELINES:
         if name == "none":
@@ -155,13 +155,13 @@ def _evaluated(
 ) -> Evaluation:
     source = locate(args.model)
     fit, guided = asked.fit, asked.guided
-    with Streamed(source, texts, progress=lambda what, *n: bars.steps(f"card: running {what}", *n)) as streamed:
-        others = compared(
-            streamed,
+    with SourceReference(source, texts, progress=lambda what, *n: bars.steps(f"card: running {what}", *n)) as reference:
+        others = compare_policies(
+            reference,
             baselines,
             fit=fit,
             guide=asked.guide(bars.steps),
             folder=args.out.absolute().parent,
             progress=lambda what: bars.phase(f"card: {what}"),
         )
-        return evaluate(streamed, args.out, result.plan, fit=fit, calibrated=guided, others=others)
+        return evaluate_checkpoint(reference, args.out, result.plan, fit=fit, calibrated=guided, others=others)
