@@ -1,8 +1,7 @@
-"""How launches for few rows share out packed weights: lanes to a row, rows to a simdgroup, simdgroups together.
+"""Launches for few rows, planned once for inputs of one shape and dtype: later calls only hand over arrays.
 
-Launches with packed weights, planned once for inputs of one shape and dtype: later calls hand over arrays only.
-
-A layer makes the same launches for every token, and Python has to be done with all layers while a GPU does one token.
+A layer makes the same launches for every token, and Python must finish all layers while the GPU does one token. A plan
+also says how a launch shares out packed weights: lanes to a row, rows to a simdgroup, simdgroups to a threadgroup.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A token's experts and their weights from its router logits: how a model chooses, the kernel, its reference."""
+"""A token's experts and their weights from its router logits.
+
+`route_metal` launches `experts/route.h`, held against `route_reference`, the operations of the models themselves.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,19 @@ Partition = Callable[..., mx.array]
 
 @dataclass(frozen=True)
 class Routing:
-    """How a model chooses.
+    """How a model chooses experts from router logits.
 
     Attributes:
-        scores: "sigmoid" or "softmax" of all logits; "softmax_of_chosen": logits are compared, weights are a softmax
-            of the chosen ones.
+        scores: "sigmoid" or "softmax" of all logits; "softmax_of_chosen": logits are compared, and the weights are a
+            softmax of the chosen ones.
         normalize: weights are divided by their sum, at least `floor`, plus `epsilon`.
-        scaling: what weights are multiplied with in the end.
-        ascending: the last of a partition of the scores are taken, which end with the best; else the first of one of
-            the negated scores. It decides which of equal ones are taken, and the order.
+        scaling: the factor of the weights in the end.
+        ascending: the model takes the last ones of a partition of the scores, which end with the best; else the first
+            ones of a partition of the negated scores. This decides which of equal scores are taken, and their order.
         upcast: logits become float32 first.
         precise: softmax adds in float32, whatever the scores' dtype.
-        groups: experts are so many groups of neighbours; all but the `kept` with the largest sums of their `best_of`
-            best scores are compared as 0.
+        groups: experts are so many groups of neighbours. The `kept` groups with the largest sums of their `best_of`
+            best scores take part; scores of all other groups are compared as 0.
     """
 
     scores: Literal["sigmoid", "softmax", "softmax_of_chosen"]
