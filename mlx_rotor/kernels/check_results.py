@@ -171,7 +171,7 @@ def refuse(operation: str, dtype: mx.Dtype, *codecs: Codec) -> None:
 
 
 def refuse_weights(operation: str, dtype: mx.Dtype, *formats: WeightFormat) -> None:
-    """As `refuse`, for kernels that read weights, "route", which reads none, or "matmul"."""
+    """`refuse` for the expert kernels: "gate_up", "down", "gather", "matmul", or "route", which reads no weights."""
     if failed := _failed(operation):
         _refuse(failed, dtype, {format_id(form) for form in formats}, "--experts stock where weights are MLX's own")
 

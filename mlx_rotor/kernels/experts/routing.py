@@ -53,7 +53,7 @@ class Routing:
     best_of: int = 2
 
     def why_not(self, experts: int, k: int) -> str:
-        """Why k of so many experts can't be chosen by the kernel; "" where they can."""
+        """The reason why the kernel can't choose k of so many experts; "" where it can."""
         if self.scores not in SCORES:
             return f"scores {self.scores!r} are none of {', '.join(SCORES)}"
         if not 1 <= experts <= MAX_EXPERTS or not 1 <= k <= min(experts, MAX_CHOSEN):
@@ -100,8 +100,8 @@ def route_reference(
     dtype: mx.Dtype | None = None,
     partition: Partition = mx.argpartition,
 ) -> tuple[mx.array, mx.array]:
-    """As `route`, by the operations that models use. MLX's partition on a CPU has its own order; `sorted_partition` has
-    that of Metal everywhere."""
+    """`route` by the operations that models use. MLX's partition on a CPU has its own order of equal scores;
+    `sorted_partition` has the order of Metal everywhere."""
     scores = logits.astype(mx.float32) if how.upcast else logits
     if how.scores == "sigmoid":
         scores = mx.sigmoid(scores)
@@ -133,7 +133,7 @@ def sorted_partition(x: mx.array, kth: int, axis: int) -> mx.array:
 def route_metal(
     logits: mx.array, k: int, how: Routing, bias: mx.array | None = None, dtype: mx.Dtype | None = None
 ) -> tuple[mx.array, mx.array]:
-    """As `route`, in one launch."""
+    """`route` in one launch. Raises as `route`."""
     if logits.ndim != 2 or logits.dtype not in DTYPES:
         raise RotorError(f"router logits are [tokens, experts] of a float dtype, not {logits.shape} {logits.dtype}")
     tokens, experts = logits.shape
