@@ -23,6 +23,7 @@ ORDER = [
 ]  # fmt: skip
 TIERS = {folder: tier for tier, folder in enumerate(ORDER)}
 COMMAND = len(ORDER)
+TOP = ("errors", "files", "tables")  # files beside the commands that every folder may import
 PUBLIC_MLX_LM = {"__version__", "batch_generate", "convert", "generate", "load", "stream_generate"}
 # What the server stands on: mlx_lm's own server, and its functions on prompt caches.
 SERVER_MLX_LM = [["mlx_lm", "server"], ["mlx_lm", "models", "cache"]]
@@ -42,7 +43,7 @@ def unit_of(parts: list[str]) -> str:
     """The part of the package a dotted path lies in: a sub-package, `errors`, or "commands"."""
     if "__main__" in parts or len(parts) < 2:
         return "commands"
-    if parts[1] in ("errors", "files") or parts[1] in TIERS:
+    if parts[1] in TOP or parts[1] in TIERS:
         return parts[1]
     return "commands"
 
@@ -72,9 +73,9 @@ def dotted(path: Path, root: Path) -> list[str]:
 
 
 def may_import(importer: str, target: str) -> bool:
-    if target in ("errors", "files", importer) or importer == "commands":
+    if target in (*TOP, importer) or importer == "commands":
         return True
-    if importer in ("errors", "files"):
+    if importer in TOP:
         return False
     return TIERS.get(target, COMMAND) <= TIERS[importer]
 

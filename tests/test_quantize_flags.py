@@ -16,6 +16,7 @@ import pytest
 import small_checkpoint
 from mlx_rotor.cli import command, quantize_flags
 from mlx_rotor.quant.job import start
+from mlx_rotor.tables import size as size_of
 
 quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
@@ -86,7 +87,7 @@ def test_files_have_the_size_that_was_asked_for(small, tmp_path, capsys, flags):
     budget = made(tmp_path / "out")["budget"]
     assert budget["bytes"] == target and budget["sensitivities"]["source"] == "prior"
     assert re.fullmatch("[0-9a-f]{64}", budget["sensitivities"]["sha256"])
-    assert f"solved  for files of {target:,} bytes, by the prior" in capsys.readouterr().out
+    assert f"solved  for files of {size_of(target)}, by the prior" in capsys.readouterr().out
 
 
 def test_the_room_of_a_mac(capsys):

@@ -20,7 +20,7 @@ from ..errors import RotorError
 from ..host.attachment import layer_cache
 from ..quality.footprint import packed_side
 from ..quality.metrics import token_kl
-from ..quality.model import Cache, Subject, chunks, log_probabilities
+from ..quality.model import Cache, EvaluatedModel, chunks, log_probabilities
 from ..quant.budget.knapsack import Option, choose
 from .maxima import compressed, model_of
 
@@ -91,7 +91,7 @@ class Search:
     """Measures `windows` (int [windows, tokens]) with nothing protected, `chunk` tokens at a time."""
 
     def __init__(
-        self, subject: Subject, windows: np.ndarray, chunk: int, candidates: Sequence[str], advance: Advance
+        self, subject: EvaluatedModel, windows: np.ndarray, chunk: int, candidates: Sequence[str], advance: Advance
     ) -> None:
         if not candidates:
             raise RotorError("--candidates: name at least one codec")
