@@ -149,6 +149,14 @@ def unknown_flags(text: str) -> list[str]:
     return sorted(named - flags())
 
 
+def missing_files(page: Path, text: str) -> list[str]:
+    """Files and folders that sentences name, by path from page, clone or package, and that are not there."""
+    inline = (c for t in MARKDOWN.parse(text) if t.type == "inline" for c in t.children or ())
+    named = {c.content for c in inline if c.type == "code_inline"}
+    paths = {name for name in named if re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|/[\w-]+\.(py|toml|md|h|json))", name)}
+    return sorted(p for p in paths if not any((f / p).exists() for f in (page.parent, ROOT, ROOT / "mlx_rotor")))
+
+
 def refused_arguments(command: str, name: str, argv: list[str]) -> str | None:
     try:
         with mock.patch.object(sys, "path", [str(ROOT), *sys.path]):

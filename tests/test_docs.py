@@ -14,6 +14,7 @@ from page_checks import (
     fences,
     folders,
     mapped,
+    missing_files,
     refused_command,
     tree,
     unknown_flags,
@@ -35,6 +36,7 @@ def test_a_page_is_whole(page):
     assert not broken_tables(text)
     assert not dead_links(page, text)
     assert not [why for command in commands(text) if (why := refused_command(command))]
+    assert not missing_files(page, text)
     assert page.name in OLD_NAMES or not unknown_flags(text)
     assert not [why for code in fences(text, "python") for why in broken_python(code)]
 
@@ -114,6 +116,11 @@ def test_a_command_that_is_there_is_not_reported_and_not_run(tmp_path):
     )
     assert len(commands(text)) == 3
     assert [c for c in commands(text) if refused_command(c)] == [] and not out.exists()
+
+
+def test_a_file_that_is_not_there_is_reported():
+    assert missing_files(INDEX, "`mlx_rotor/codec/`, `codec/base.py`, `docs/experts.md`, `a/b`") == []
+    assert missing_files(INDEX, "`mlx_rotor/nosuch/`, `codec/nosuch.py`") == ["codec/nosuch.py", "mlx_rotor/nosuch/"]
 
 
 def test_a_flag_that_no_command_has_is_reported():
