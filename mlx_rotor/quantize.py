@@ -161,11 +161,11 @@ def _card_inputs(args: argparse.Namespace, plan: Plan) -> tuple[tuple[Domain, ..
         RotorError: a text or a policy that was asked for is no good for this model.
     """
     from .quality.sample import domains
-    from .quality.streamed import check
+    from .quality.streamed import check_runnable
 
     texts = domains(args.text or ())
     source = locate(args.model)
-    check(source, texts)
+    check_runnable(source, texts)
     plans = []
     for name in args.baseline or BASELINES:
         if name == "none":
@@ -192,21 +192,21 @@ def _evaluated(
     baselines: Sequence[Plan],
     bars: Bars,
 ) -> Any:
-    from .quality.evaluation import compared, evaluate
-    from .quality.streamed import Streamed
+    from .quality.evaluation import compare_policies, evaluate_checkpoint
+    from .quality.streamed import SourceReference
 
     source = locate(args.model)
     fit, guided = asked.fit, asked.guided
-    with Streamed(source, texts, progress=lambda what, *n: bars.steps(f"card: running {what}", *n)) as streamed:
-        others = compared(
-            streamed,
+    with SourceReference(source, texts, progress=lambda what, *n: bars.steps(f"card: running {what}", *n)) as reference:
+        others = compare_policies(
+            reference,
             baselines,
             fit=fit,
             guide=asked.guide(bars.steps),
             folder=args.out.absolute().parent,
             progress=lambda what: bars.phase(f"card: {what}"),
         )
-        return evaluate(streamed, args.out, result.plan, fit=fit, calibrated=guided, others=others)
+        return evaluate_checkpoint(reference, args.out, result.plan, fit=fit, calibrated=guided, others=others)
 
 
 def _write_card(args: argparse.Namespace, evaluation: Any, repo: str) -> None:

@@ -55,7 +55,8 @@ def test_the_cache_parts_defaults_are_the_rows_of_the_published_table():
 
 
 def test_experts(capsys, monkeypatch):
-    monkeypatch.setattr(expert_overhead, "measure", partial(expert_overhead.measure, rounds=3))
+    quick = partial(expert_overhead.measure_expert_overhead, rounds=3)
+    monkeypatch.setattr(expert_overhead, "measure_expert_overhead", quick)
     assert run(benchmark.main, ["experts", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["overhead"]
     assert [row["what"] for row in rows] == ["minimax's experts", "phimoe's experts", "a q8 matrix"]
@@ -65,7 +66,7 @@ def test_experts(capsys, monkeypatch):
 
 def test_weight_fits(capsys, monkeypatch):
     few = {"specs": fits.SPECS[:1]}
-    monkeypatch.setattr(fits, "measure", partial(fits.measure, shape=(64, 256), rounds=1, **few))
+    monkeypatch.setattr(fits, "measure_fits", partial(fits.measure_fits, shape=(64, 256), rounds=1, **few))
     monkeypatch.setattr(fits, "measure_layers", partial(fits.measure_layers, shape=(32, 128), **few))
     assert run(benchmark.main, ["fit", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

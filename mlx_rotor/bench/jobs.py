@@ -107,7 +107,7 @@ def policy() -> Policy:
     return parse(POLICY, "config-i-middle")
 
 
-def measure(where: Path, dimensions: str = "minimax", fits: Sequence[str] = ("fast",), workers: int = 0) -> Speed:
+def measure_job(where: Path, dimensions: str = "minimax", fits: Sequence[str] = ("fast",), workers: int = 0) -> Speed:
     """Makes the checkpoint in `where` / "source" unless it is there, and runs the loop and a job for each of `fits`.
 
     `workers` 0: as many as a job has by itself; a job with one worker is measured too. Outputs are deleted.

@@ -53,7 +53,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     exact = max(s.sinks + s.ring for s in schemes)
     if args.tokens <= exact:
         raise RotorError(f"--tokens {args.tokens}: nothing is packed in so few; {exact} stay exact")
-    overheads = [o for b in cache_overhead.BACKENDS for o in cache_overhead.measure(schemes, b, args.tokens)]
+    overheads = [
+        o for b in cache_overhead.BACKENDS for o in cache_overhead.measure_cache_overhead(schemes, b, args.tokens)
+    ]
     hits = [cache_memory.prefix_hit(s, args.tokens) for s in (None, *schemes)]
     if not args.json:
         _show_overhead(overheads)

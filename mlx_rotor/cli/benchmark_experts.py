@@ -22,7 +22,7 @@ def add(parts: Any) -> None:
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
-    rows = expert_overhead.measure()
+    rows = expert_overhead.measure_expert_overhead()
     if not args.json:
         _show_overhead(rows)
     return {"overhead": [row.to_dict() for row in rows]}

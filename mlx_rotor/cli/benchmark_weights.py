@@ -66,7 +66,7 @@ def add(parts: Any) -> None:
 def _fit(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench import fits as fit_cost
 
-    costs, layers = list(fit_cost.measure()), list(fit_cost.measure_layers())
+    costs, layers = list(fit_cost.measure_fits()), list(fit_cost.measure_layers())
     if not args.json:
         print("\n".join(fit_cost.lines(costs, layers)))
     return {"fits": [c.to_dict() for c in costs], "layers": [x.to_dict() for x in layers]}
@@ -90,7 +90,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
             if not args.json:
                 _print_calibrated(rows)
             return {"dimensions": args.dimensions, "calibrated": [asdict(row) for row in rows]}
-        speed = jobs.measure(Path(where), args.dimensions, fits, args.workers)
+        speed = jobs.measure_job(Path(where), args.dimensions, fits, args.workers)
     if not args.json:
         _print_speed(speed)
     return jobs.facts(speed)
@@ -113,7 +113,7 @@ def _weights(args: argparse.Namespace) -> dict[str, Any]:
         def told(what: str, done: int, total: int) -> None:
             bar.set_description(f"{what}, {done} of {total}")
 
-        table, impossible = weights.measure(
+        table, impossible = weights.measure_policies(
             args.model, wanted, bundled(), size, args.json_out, told, lambda: bar.update()
         )
     if args.plot:

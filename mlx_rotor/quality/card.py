@@ -17,7 +17,7 @@ from ..experts import formats
 from ..files import write_json, write_text
 from ..quant.job.manifest import PROVENANCE
 from ..quant.source import is_repository
-from .evaluation import Evaluation, Row
+from .evaluation import CheckpointRow, Evaluation
 from .metrics import Estimate
 from .streamed import Quality
 
@@ -284,7 +284,7 @@ def _made(folder: Path) -> dict[str, Any]:
     return made
 
 
-def _figures(row: Row, names: Sequence[str]) -> list[str]:
+def _figures(row: CheckpointRow, names: Sequence[str]) -> list[str]:
     known: dict[str, Quality] = {q.domain: q for q in row.quality}
     cells = []
     for name in names:

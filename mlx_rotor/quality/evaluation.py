@@ -15,13 +15,13 @@ from ..quant.plan import Plan, decimal
 from ..quant.source import open_folder
 from .machine import machine
 from .metrics import Divergence, Estimate
-from .streamed import Quality, Streamed
+from .streamed import Quality, SourceReference
 
 ROOM = 1.02  # of a temporary checkpoint beside its tensors: headers, tokenizer, the job's own files
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckpointRow:
     """A checkpoint measured: `name` is its policy's, `nbytes` its tensors' size, `parameters` those of the model."""
 
     name: str
@@ -38,15 +38,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`row` is the checkpoint's own, `others` those it is compared with; `machine` as `evals.machine`.
+    """`row` is the checkpoint's own, `others` those it is compared with; `machine` as `quality.machine`.
 
     `whole`: the models ran whole in mlx_lm, not layer by layer in float32.
     """
 
     source: str
     whole: bool
-    row: Row
-    others: tuple[Row, ...]
+    row: CheckpointRow
+    others: tuple[CheckpointRow, ...]
     machine: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,29 +57,35 @@ class Evaluation:
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         """Of what `to_dict` made. Raises RotorError for anything else."""
         try:
-            others = tuple(row_of(r) for r in data["others"])
-            return cls(data["source"], bool(data["whole"]), row_of(data["row"]), others, dict(data["machine"]))
+            others = tuple(row_from_dict(r) for r in data["others"])
+            return cls(data["source"], bool(data["whole"]), row_from_dict(data["row"]), others, dict(data["machine"]))
         except (KeyError, TypeError, ValueError) as e:
             raise RotorError(f"the evaluation is damaged ({type(e).__name__}: {e}); measure it again") from e
 
 
-def evaluate(
-    streamed: Streamed, folder: str | Path, plan: Plan, *, fit: str, calibrated: bool, others: Sequence[Row] = ()
+def evaluate_checkpoint(
+    reference: SourceReference,
+    folder: str | Path,
+    plan: Plan,
+    *,
+    fit: str,
+    calibrated: bool,
+    others: Sequence[CheckpointRow] = (),
 ) -> Evaluation:
-    """Measures a finished checkpoint against its source. `others`: rows measured before (see `compared`)."""
-    row = Row(plan.policy.name, plan.nbytes, plan.parameters, fit, calibrated, streamed.measure(folder))
-    return Evaluation(streamed.folder.resolve().name, streamed.whole, row, tuple(others), machine())
+    """Measures a finished checkpoint against its source. `others`: rows measured before (see `compare_policies`)."""
+    row = CheckpointRow(plan.policy.name, plan.nbytes, plan.parameters, fit, calibrated, reference.compare(folder))
+    return Evaluation(reference.folder.resolve().name, reference.whole, row, tuple(others), machine())
 
 
-def compared(
-    streamed: Streamed,
+def compare_policies(
+    reference: SourceReference,
     plans: Sequence[Plan],
     *,
     fit: str = "search",
     guide: job.GuideFactory | None = None,
     folder: str | Path | None = None,
     progress: Callable[[str], Any] | None = None,
-) -> list[Row]:
+) -> list[CheckpointRow]:
     """Rows for other plans: each is quantized from the same source into a temporary folder, measured, and deleted.
 
     Args:
@@ -105,15 +111,17 @@ def compared(
             out = Path(temporary) / name
             if progress is not None:
                 progress(f"{name}: quantizing")
-            job.execute(open_folder(streamed.folder), out, plan, fit=fit, guide=guide)
+            job.execute(open_folder(reference.folder), out, plan, fit=fit, guide=guide)
             if progress is not None:
                 progress(f"{name}: measuring")
-            rows.append(Row(name, plan.nbytes, plan.parameters, fit, guide is not None, streamed.measure(out)))
+            rows.append(
+                CheckpointRow(name, plan.nbytes, plan.parameters, fit, guide is not None, reference.compare(out))
+            )
     return rows
 
 
-def row_of(x: Mapping[str, Any]) -> Row:
-    return Row(**{**x, "quality": tuple(_quality(q) for q in x["quality"])})
+def row_from_dict(x: Mapping[str, Any]) -> CheckpointRow:
+    return CheckpointRow(**{**x, "quality": tuple(_quality(q) for q in x["quality"])})
 
 
 def _quality(x: Mapping[str, Any]) -> Quality:
