@@ -5,7 +5,6 @@ import re
 import pytest
 
 from page_checks import (
-    MARKDOWN,
     ROOT,
     broken_python,
     broken_tables,
@@ -16,6 +15,7 @@ from page_checks import (
     mapped,
     missing_files,
     refused_command,
+    tokens,
     tree,
     unknown_flags,
 )
@@ -57,7 +57,7 @@ def test_the_maps_are_the_tree_in_the_order_of_imports():
 
 @pytest.mark.parametrize("page", RESULTS, ids=lambda p: p.name)
 def test_a_result_begins_with_the_command_that_makes_it(page):
-    title, block, *rest = [t for t in MARKDOWN.parse(page.read_text(encoding="utf-8")) if t.type in ("inline", "fence")]
+    title, block, *rest = [t for t in tokens(page.read_text(encoding="utf-8")) if t.type in ("inline", "fence")]
     assert title.type == "inline" and block.type == "fence" and block.info == "bash"
     ours = [c for c in commands(f"```bash\n{block.content}```") if re.search(r"mlx_rotor|metal_sim|pytest", c)]
     assert ours and not [why for command in ours if (why := refused_command(command))]
