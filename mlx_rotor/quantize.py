@@ -17,11 +17,12 @@ from .memory.room import Room, missing
 from .quant import check, upload
 from .quant import policy as policies
 from .quant.budget import TooSmall, report
-from .quant.job import Result, dry_run, finished, quantize
+from .quant.job import Result, finished
 from .quant.job.manifest import PROVENANCE, digest
 from .quant.job.workplace import check_disk, check_out, occupied
+from .quant.making import quantize
 from .quant.plan import Plan
-from .quant.recipe import Recipe
+from .quant.recipe import Recipe, dry_run
 from .quant.source import locate
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(room.text())
     if args.dry_run:
         if args.out:
-            _check_place(args, plan)
+            check_out(args.out, args.resume)
         _dry_run(args, asked, plan, source_bytes)
         return 0
     for note in asked.notes(plan):
@@ -91,7 +92,7 @@ def _check(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace, asked: Recipe, room: Room | None) -> tuple[Plan, int | None]:
     """The plan as it is known before any work: sensitivities that are yet to be measured are the prior's."""
     try:
-        return dry_run(args.model, asked.plan())
+        return dry_run(args.model, asked)
     except TooSmall as e:
         if room is None:
             raise
@@ -109,7 +110,7 @@ def _finished(args: argparse.Namespace, asked: Recipe, plan: Plan) -> Result | N
         return None
     done = finished(args.model, args.out, plan, asked.fit, guided=asked.guided)
     if done is not None and args.card:
-        plan, _ = dry_run(locate(args.model), asked.plan())  # of a repository, with the dtypes its headers have
+        plan, _ = dry_run(locate(args.model), asked)  # of a repository, with the dtypes its headers have
         done = replace(done, plan=plan)
     return done
 
@@ -118,14 +119,12 @@ def _job(args: argparse.Namespace, asked: Recipe, bars: Bars) -> Result:
     return quantize(
         args.model,
         args.out,
-        asked.plan(args.model, bars.steps),
-        fit=asked.fit,
-        guide=asked.guide(bars.steps),
-        shard_bytes=args.shard_size,
+        asked,
         workers=args.workers,
         resume=args.resume,
         stream_source=args.stream_source,
         progress=bars.event,
+        steps=bars.steps,
     )
 
 
@@ -134,7 +133,7 @@ def _dry_run(args: argparse.Namespace, asked: Recipe, plan: Plan, source_bytes: 
     for name in REPORTED if args.report else ():
         other = replace(asked, policy=policies.load(name), budget=None, sensitivities=None)
         try:
-            made, _ = dry_run(args.model, other.plan())
+            made, _ = dry_run(args.model, other)
         except RotorError as e:
             left_out.append(f"{name}: {str(e).partition(';')[0]}")
         else:
@@ -172,7 +171,7 @@ def _card_inputs(args: argparse.Namespace, plan: Plan) -> tuple[tuple[Domain, ..
         if name == "none":
             continue
         try:
-            other, _ = dry_run(source, policies.load(name))
+            other, _ = dry_run(source, Recipe(policies.load(name)))
         except RotorError as e:
             if args.baseline:
                 raise RotorError(f"--baseline {name}: {e}") from e

@@ -12,7 +12,7 @@ import pytest
 
 from metal_sim import SUPPORTED, UNSUPPORTED, CompileError, Kernel, KernelError, Options, Report
 from mlx_rotor import codec
-from mlx_rotor.kernels import ExactSegment, PackedSegment, PackedSide, metal, reference
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, metal, reference
 from mlx_rotor.kernels.attention import attend_metal
 from mlx_rotor.kernels.packing import encode_reference
 from mlx_rotor.kernels.segments import spread
@@ -138,7 +138,7 @@ def problem(
 
 def attend_segments(q, segments, **how) -> mx.array:
     """The kernels' attention over the segments of a `problem`."""
-    return attend_metal(q, segments[0], segments[1:-1], segments[-1], **how)
+    return attend_metal(q, segments[0], segments[1:-1], segments[-1], AttentionArgs(**how))
 
 
 def attending(q, segments, **how) -> float:
@@ -149,7 +149,7 @@ def attending(q, segments, **how) -> float:
     if how.get("lengths") is None:
         segments = [segment for segment in segments if segment]
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), segments, **how)
+        want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
     return distance(got, want)
 
 

@@ -270,11 +270,13 @@ def test_workers_are_what_was_asked_for(small, tmp_path, monkeypatch):
     assert counts == [1, 3] and contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-def test_a_dry_run_looks_at_the_folder(small, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_looks_at_the_folder_and_needs_no_disk(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "note").write_text("mine")
     assert run("--model", small, "--dry-run", "--out", tmp_path) == 1
     assert "is not empty" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert run("--model", small, "--dry-run", "--out", tmp_path / "out") == 1
-    assert "not enough disk for --out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run("--model", small, "--dry-run", "--out", tmp_path / "out") == 0
+    assert "output" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert run("--model", small, "--out", tmp_path / "out") == 1
+    assert "not enough disk for --out" in capsys.readouterr().err

@@ -22,10 +22,12 @@ from ..quality.plot import SETTINGS, available
 from ..quality.record import LOOSE
 from ..quality.sample import Domain, Size
 from ..quality.streamed import SourceReference
+from ..quant import Recipe, dry_run
 from ..quant import policy as policies
-from ..quant.budget import TooSmall, file_bytes
-from ..quant.job import dry_run
-from ..quant.recipe import BUNDLED, Recipe
+from ..quant.budget import TooSmall
+from ..quant.recipe import BUNDLED
+from ..quant.shards import file_bytes
+from ..quant.source import open_folder
 from ..quant.spec import Budget
 
 FORMAT, VERSION = "mlx_rotor weight quality", 1
@@ -54,7 +56,7 @@ class Way:
             recipe = replace(recipe, calibration=BUNDLED)
         if not self.size_of:
             return recipe
-        other, _ = dry_run(source, policies.load(self.size_of))
+        other, _ = dry_run(source, Recipe(policies.load(self.size_of)))
         recipe = replace(recipe, budget=Budget(nbytes=file_bytes(other, recipe.shard_bytes)))
         return replace(recipe, sensitivities=sensitivities) if self.method == CALIBRATED else recipe
 
@@ -135,7 +137,7 @@ def measure_policies(
         for way in left:
             recipe = way.recipe(source, file.with_suffix(".sensitivities.json"))
             try:
-                plan, _ = dry_run(source, recipe.plan(source, progress))
+                plan = recipe.resolve(open_folder(source), progress)
             except TooSmall as e:
                 impossible.append(f"{way.name}, {way.method}: {e}")
                 row_done()

@@ -212,3 +212,6 @@ class RaggedBatch:
     @keys.setter
     def keys(self, value: mx.array) -> None:
         self.rows[0].keys = value
+
+
+RotorCache.batch = RaggedBatch

@@ -1,35 +1,78 @@
-"""RotorCache: one layer's KV cache in mlx_lm's cache protocol. First tokens and recent tokens exact, the body packed.
+"""RotorCache: one layer's KV cache in mlx_lm's cache protocol. Sink and recent tokens are exact, the body is packed.
 
-Holds arrays, numbers and names only, so that it can be copied, saved and handed to another thread. Knows no model.
+A key's way: `update_and_fetch` -> `append` -> the ring -> `_pack` -> `Body.append` -> `kernels.encode`; then `fetch` ->
+`view.views`, a lazy array whose `Tokens.attend` calls `kernels.attend`. A cache holds arrays, numbers and codecs, which
+are constants: it can be copied, saved and handed to another thread.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from ..errors import RotorError
 from ..kernels import ExactSegment, Segment
 from . import saved
-from .body import SPAN, Body, Ring
+from .body import SPAN, Body, grown
 from .view import Counts, KVView, Mask, Tokens, causal, causal_mask, expanded, views
 
 
+@dataclass
+class Ring:
+    """The most recent tokens, exact: buffers [B, H, …, D] that grow to `room` tokens in steps of `step`, of which the
+    first `length` are held."""
+
+    room: int
+    step: int
+    k: mx.array | None = None
+    v: mx.array | None = None
+    length: int = 0
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """Stores tokens behind those held; there must be room."""
+        n = keys.shape[2]
+        needed = self.length + n
+        if self.k is None or self.v is None or needed > self.k.shape[2]:
+            capacity = min(self.room, -(-needed // self.step) * self.step)
+            self.k = grown(self.k, keys, self.length, capacity)
+            self.v = grown(self.v, values, self.length, capacity)
+        self.k[:, :, self.length : needed] = keys
+        self.v[:, :, self.length : needed] = values
+        self.length = needed
+
+    def segment(self) -> ExactSegment:
+        """The tokens held; something must have been written once."""
+        assert self.k is not None and self.v is not None
+        return ExactSegment(self.k[:, :, : self.length], self.v[:, :, : self.length])
+
+    def copy(self) -> Ring:
+        """The same tokens, whose memory is copied when either is written to."""
+        return copy.deepcopy(self)
+
+
 class RotorCache:
-    """Keys and values of one attention layer, [B, H, held, D] in token order: sinks, body, ring.
+    """Keys and values of one attention layer, [B, H, held, D] in token order: sink tokens, body, ring.
+
+        cache = RotorCache("trellis3", "trellis3")
+        k, v = cache.update_and_fetch(keys, values)  # views, for mx.fast.scaled_dot_product_attention
 
     Args:
         k, v: codec names.
-        sinks: first tokens kept exact.
+        sinks: first tokens kept exact, the sink tokens.
         ring: recent tokens kept exact, at least; the oldest are packed once there would be more than ring + block.
         block: what is packed brings the body's length to a multiple of it: appends need not start inside a tile.
         centre: subtract means before packing, see `Body`.
-        window: recent tokens that a query sees besides the sinks, itself among them; None: all. Others are dropped.
+        window: recent tokens that a query sees besides the sink tokens, itself among them; None: all. Others are
+            dropped.
         fingerprint: of the model it is for; goes into files.
     """
+
+    # Makes a batch of single caches. The class of batches knows this one, and registers itself.
+    batch: ClassVar[Callable[[list[RotorCache]], Any]]
 
     def __init__(
         self,
@@ -84,7 +127,7 @@ class RotorCache:
         return self.fetch(*self.append(keys, values), keys.dtype)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[int, ExactSegment]:
-        """Stores tokens. Returns what attention is to read behind the sinks: (body tokens, exact segment)."""
+        """Stores tokens. Returns what attention is to read behind the sink tokens: (body tokens, exact segment)."""
         self.drop_unseen()
         first = 0 if self.sink_k is None else self.sink_k.shape[2]
         into_sinks = min(self.sinks - first, keys.shape[2])
@@ -139,7 +182,7 @@ class RotorCache:
 
     # ------------------------------------------------------------ tokens out
     def fetch(self, body: int, recent: ExactSegment, dtype: mx.Dtype) -> tuple[KVView, KVView]:
-        """Views of the sinks, the first `body` packed tokens and `recent`."""
+        """Views of the sink tokens, the first `body` packed tokens and `recent`."""
         tokens, k, v = self.tokens(body, recent, dtype)
         return views(k, v, tokens)
 
@@ -244,9 +287,7 @@ class RotorCache:
     @staticmethod
     def merge(caches: Sequence[RotorCache]) -> Any:
         """The caches of single sequences as a batch; they stay as they are."""
-        from .ragged import RaggedBatch
-
-        return RaggedBatch([copy.deepcopy(c) for c in caches])
+        return RotorCache.batch([copy.deepcopy(c) for c in caches])
 
     # ------------------------------------------------------------ bytes and files
     @property
@@ -267,19 +308,31 @@ class RotorCache:
 
     @property
     def nbytes(self) -> int:
-        """Every byte referred to: sinks, ring and body with the room they have not used yet."""
+        """Every byte referred to: sink tokens, ring and body with the room they have not used yet."""
         return sum(int(a.nbytes) for a in [*self._exact, *self.body.arrays] if a is not None)
 
     @property
     def state(self) -> dict[str, Any]:
         """Arrays, numbers and names: all of the cache, in the leaves mlx_lm can save."""
-        return saved.state(self, self._exact)
+        return saved.state(
+            saved.Saved(
+                fingerprint=self.fingerprint,
+                exact=self._exact,
+                body=self.body,
+                sinks=self.sinks,
+                ring=self.ring,
+                block=self.block,
+                ring_length=self.recent.length,
+                dropped=self.dropped,
+                window=self.window,
+            )
+        )
 
     @state.setter
     def state(self, state: Any) -> None:
         """Raises RotorError for anything but a state of this format whose parts fit each other."""
         s = saved.check(state)
-        self.__init__(*s.codecs, s.sinks, s.ring, s.block, centre=s.centre, window=s.window)  # type: ignore[misc]
+        self.__init__(s.body.k, s.body.v, s.sinks, s.ring, s.block, window=s.window)  # type: ignore[misc]
         self.fingerprint, self.dropped, self.recent.length = s.fingerprint, s.dropped, s.ring_length
         self.sink_k, self.sink_v, self.recent.k, self.recent.v = s.exact
         self.body = s.body

@@ -1,21 +1,17 @@
-"""A saved cache: what its parts are, and whether they fit each other."""
+"""The state of a cache in a prompt-cache file: written from its parts, and read back with every part checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from .. import codec
 from ..errors import RotorError
 from ..kernels import TILE
-from .body import SPAN, Body, BodySegment
-from .side import Side
-
-if TYPE_CHECKING:
-    from .rotor import RotorCache
+from .body import SPAN, Body, BodySegment, Side
 
 FORMAT = 3
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -24,9 +20,8 @@ NUMBERS = ("sinks", "ring", "block", "ring_length", "dropped")
 
 @dataclass(frozen=True)
 class Saved:
-    """The parts of a `RotorCache` by name. exact: sinks K and V, ring K and V."""
+    """The parts of a cache that a file holds, as in `RotorCache`. exact: sink tokens K and V, ring K and V."""
 
-    codecs: tuple[str, str]
     fingerprint: str
     exact: Sequence[mx.array | None]
     body: Body
@@ -35,21 +30,20 @@ class Saved:
     block: int
     ring_length: int
     dropped: int
-    centre: bool
     window: int | None
 
 
-def state(cache: RotorCache, exact: list[mx.array | None]) -> dict[str, Any]:
+def state(parts: Saved) -> dict[str, Any]:
     """All of a cache in dicts, lists, arrays, numbers and names."""
     return {
         "format": FORMAT,
-        "codecs": list(cache.codecs),
-        "fingerprint": cache.fingerprint,
-        "centre": cache.body.centre,
-        "window": cache.window,
-        **{name: getattr(cache, name) for name in NUMBERS},
-        "exact": exact,
-        "segments": cache.body.state,
+        "codecs": [parts.body.k, parts.body.v],
+        "fingerprint": parts.fingerprint,
+        "centre": parts.body.centre,
+        "window": parts.window,
+        **{name: getattr(parts, name) for name in NUMBERS},
+        "exact": parts.exact,
+        "segments": parts.body.state,
     }
 
 
@@ -93,7 +87,7 @@ def check(given: Any) -> Saved:
         _need(not body.length, "its recent tokens are missing")
     elif body.length or numbers["ring_length"]:
         _need(numbers["sinks"] == 0 or _length(exact[0]) == numbers["sinks"], "first tokens are missing")
-    return Saved((names[0], names[1]), given["fingerprint"], exact, body, **numbers, centre=centre, window=window)
+    return Saved(given["fingerprint"], exact, body, **numbers, window=window)
 
 
 def _is_number(x: Any, value: int | None = None) -> bool:
@@ -114,7 +108,7 @@ def _length(x: mx.array | None) -> int:
 
 
 def _check_exact(arrays: Any, numbers: dict[str, int]) -> Sequence[mx.array | None]:
-    """Sinks and ring against the numbers."""
+    """Sink tokens and ring against the numbers."""
     fits = _is_list(arrays, 4) and all(x is None or isinstance(x, mx.array) for x in arrays)
     _need(fits, "its exact tokens are none")
     sink_k, sink_v, ring_k, ring_v = arrays
@@ -173,4 +167,4 @@ def _side(side: str, name: str, centre: bool, span: int, arrays: Any, length: in
         enough = groups >= -(-length // span) if span else groups == 1
         fits = enough and mean.shape == (*lead, groups, dim)
         _need(mean.dtype == mx.float16 and fits, f"{where} has means {mean.dtype} {mean.shape}")
-    return Side(name, span if centre else None, dim, tiles, scale, mean)
+    return Side(made, tiles, scale, mean, span if centre else 0, subtract=centre and made.scaled)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .. import kernels
-from ..kernels import ExactSegment, PackedSegment, Segment
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, Segment
 
 Mask = mx.array | str | None
 
@@ -54,7 +54,7 @@ def causal(
 
     Args:
         window: the cache's own; asked: the model's, for this mask.
-        sinks: first tokens, which a cache with a window shows whatever it is.
+        sinks: sink tokens, which a cache with a window shows whatever it is.
         left: [B, 1, 1, 1], columns in front of a row's first token; None: no rows.
 
     Returns:
@@ -80,22 +80,23 @@ class Handle(Protocol):
     """The tokens behind a pair of views."""
 
     def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
-        """Attention of q [B, Hq, L, D] over all tokens; see `kernels.attend`."""
+        """Attention of q [B, Hq, L, D] over all tokens, [B, Hq, L, Dv]. The arguments are those that models hand to
+        `mx.fast.scaled_dot_product_attention`; `kernels.arguments.AttentionArgs` describes them."""
 
 
 @dataclass
 class Tokens:
-    """One cache's tokens in order: exact sinks, packed segments, exact recent ones, each where there are any.
+    """One cache's tokens in order: sink tokens, packed segments, recent tokens, each where there are any.
 
     Attributes:
         window: recent tokens a query sees, itself among them; None: all.
-        kept: the sinks are seen whatever the window.
+        keep_first: the sink tokens are seen whatever the window.
     """
 
     segments: Sequence[Segment]
     counts: Counts
     window: int | None = None
-    kept: bool = False
+    keep_first: bool = False
     attended: bool = False
 
     def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
@@ -106,9 +107,7 @@ class Tokens:
         if self.recognises(mask):
             # A single query sees all but what the window hides: no order to keep.
             mask, window = "causal" if q.shape[2] > 1 else None, self.window
-        return kernels.attend(
-            q, self.segments, scale=scale, mask=mask, sink_logits=sink_logits, window=window, kept=self.kept
-        )
+        return kernels.attend(q, self.segments, AttentionArgs(scale, mask, sink_logits, window, self.keep_first))
 
     def recognises(self, mask: Mask) -> bool:
         """Whether the mask is one that a cache with this window made."""

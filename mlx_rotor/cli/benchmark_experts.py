@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..bench import expert_overhead
+from ..tables import text
 
 
 def add(parts: Any) -> None:
@@ -28,11 +29,13 @@ def _experts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_overhead(rows: Sequence[expert_overhead.ExpertOverhead]) -> None:
-    print(f"{'graph of a token':<20}{'µs':>8}{'stock':>8}{'ratio':>8}{'nodes':>8}{'stock':>7}{'launches':>10}")
+    titles = ["graph of a token", "µs", "stock", "ratio", "nodes", "stock", "launches"]
+    cells = []
     for r in rows:
-        print(f"{r.what:<20}{r.microseconds:>8.1f}{r.stock_microseconds:>8.1f}{r.ratio:>8.2f}", end="")
-        print(f"{r.nodes:>8}{r.stock_nodes:>7}{r.launches:>10}")
+        times = [f"{r.microseconds:.1f}", f"{r.stock_microseconds:.1f}", f"{r.ratio:.2f}"]
+        cells.append([r.what, *times, str(r.nodes), str(r.stock_nodes), str(r.launches)])
+    print(text(titles, cells))
     print(
-        "\nPython's time for a block's router and experts, and for one matrix, nothing evaluated in it. Kernels are\n"
-        "stand-ins that make lazy outputs: MLX's own call, some microseconds a launch, is not in it."
+        "\nPython's time for a block's router and experts, and for one matrix. Nothing is evaluated in it. Kernels\n"
+        "are stand-ins that make lazy outputs, without MLX's own call of some microseconds a launch."
     )

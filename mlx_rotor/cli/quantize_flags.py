@@ -9,15 +9,14 @@ from pathlib import Path
 from .. import bundled
 from ..cache import scheme
 from ..errors import RotorError
-from ..memory import room
 from ..memory.room import Room
+from ..memory.sizes import parse_size, ram_size, token_count
 from ..quant import policy as policies
 from ..quant import request
 from ..quant.fit import FITS
-from ..quant.job import SHARD_BYTES
 from ..quant.recipe import BUNDLED, FOLDS, Recipe
-from ..quant.spec import parse_size
-from .arguments import Parser, parsed, positive, with_unit
+from ..quant.shards import SHARD_BYTES
+from .arguments import Parser, parsed, positive
 
 BASELINES = ("config-i", "jang-k")
 
@@ -41,27 +40,27 @@ def parser() -> argparse.ArgumentParser:
     )
     bits.add_argument(
         "--target-size",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="solve for weight files of this size, e.g. 86GB",
     )
     bits.add_argument("--target-bpw", type=float, metavar="BITS", help="solve for this many bits a weight, e.g. 3.25")
     bits.add_argument(
         "--memory",
-        type=with_unit(room.ram_size),
+        type=parsed(ram_size),
         metavar="SIZE",
         help="a Mac's RAM, e.g. 128GB: solve for the bits that leave room for --context",
     )
     bits.add_argument(
         "--context",
-        type=parsed(room.token_count),
+        type=parsed(token_count),
         metavar="TOKENS",
         help="with --memory: tokens to have room for (32K)",
     )
     bits.add_argument("--kv", metavar="SCHEME", help=f"with --memory: KV scheme of that room ({scheme.DEFAULT})")
     bits.add_argument(
         "--wired-limit",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="with --memory: what sysctl iogpu.wired_limit_mb gives the GPU (macOS's default)",
     )
@@ -113,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     job.add_argument(
         "--shard-size",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         default=SHARD_BYTES,
         help="largest weight file, e.g. 4GB, 500MB (4GB)",
     )

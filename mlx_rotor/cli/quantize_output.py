@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..experts import standalone
 from ..host.kv_scales import FILE
+from ..quant.events import Event
 from ..quant.job import Result
-from ..quant.job.workers import Event
 from ..quant.plan import Plan, Row, amount
 from ..quant.spec import bits_of
 from ..tables import size, text

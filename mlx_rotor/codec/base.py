@@ -1,4 +1,4 @@
-"""What a codec is: one vector of the KV cache to packed bits and back. Knows no cache, no model, no files."""
+"""The codec that most are: rotate a vector, quantize its coordinates, keep one scale."""
 
 from __future__ import annotations
 
@@ -8,52 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..kernels.packed import Packed
-from ..kernels.spec import KernelSpec, Struct
+from ..kernels.spec import Codec, KernelSpec, Struct
 from . import fields
 from .rotation import Rotation
 
+__all__ = ["Codec", "Quantizer", "RotatedCodec", "dot"]
+
 SCALE_MAX = 65504.0  # the largest finite float16
-
-
-class Codec(Protocol):
-    """Encodes vectors of one dimension. Stateless: constants only, evaluated when made.
-
-    Attributes:
-        index_bits: bits of a code.
-        scaled: whether a vector has a float16 scale beside its words.
-    """
-
-    name: str
-    dim: int
-    index_bits: int
-    scaled: bool
-
-    @property
-    def tile_words(self) -> int:
-        """32-bit words of a tile, 32 vectors' without their scales."""
-
-    @property
-    def bits(self) -> float:
-        """Stored bits per element, the scale included."""
-
-    @property
-    def kernel(self) -> KernelSpec | None:
-        """The codec in Metal, or None: it then runs as MLX operations on every backend."""
-
-    def encode(self, x: mx.array, mean: mx.array | None = None) -> Packed:
-        """x: [..., d], any float dtype; mean: float32, broadcastable to x, subtracted in the codec's basis. Only a
-        scaled codec takes one."""
-
-    def decode(self, packed: Packed) -> mx.array:
-        """float32 [..., d] in the basis of x."""
-
-    def decode_rotated(self, packed: Packed) -> mx.array:
-        """float32 [..., d] in the codec's own basis: `unrotate` of it is `decode`."""
-
-    def rotate(self, x: mx.array) -> mx.array:
-        """x: float32 [..., d] into the codec's basis; ⟨rotate(q), decode_rotated(p)⟩ = ⟨q, decode(p)⟩."""
-
-    def unrotate(self, y: mx.array) -> mx.array: ...
 
 
 class Quantizer(Protocol):

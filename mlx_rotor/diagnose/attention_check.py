@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import codec, kernels
 from ..errors import RotorError
-from ..kernels import ExactSegment, PackedSegment, PackedSide, Segment, reference
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, reference
 from ..kernels.packed import TILE
 from ..kernels.packing import encode_reference
 from ..kernels.prefill import rotate_metal
@@ -214,11 +214,11 @@ def _attend(check: AttentionCheck, size: Size) -> Found:
     segments: list[Segment] = [sinks, *bodies, recent]
     how: dict[str, Any] = {"scale": check.dim**-0.5, "mask": "causal" if rows > 1 else None}
     if several:
-        how |= {"window": size.recent + 3 * size.packed // 4, "kept": True}
-    got = kernels.attend(q, segments, **how)
+        how |= {"window": size.recent + 3 * size.packed // 4, "keep_first": True}
+    got = kernels.attend(q, segments, AttentionArgs(**how))
     mx.eval(got)
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), segments, **how)
+        want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
     return compared(got, want, check.dtype, KERNEL_TOLERANCE)
 
 

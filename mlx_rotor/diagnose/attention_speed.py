@@ -13,7 +13,7 @@ import mlx.core as mx
 from .. import codec, kernels
 from ..cache import parse
 from ..errors import RotorError
-from ..kernels import ExactSegment, PackedSegment, PackedSide, Segment, check_results
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, check_results
 from ..kernels.packed import TILE
 from .timing import SHARE, memory, repeated
 
@@ -103,7 +103,7 @@ def _packed_ms(scheme: str, query_heads: int, tokens: int, copies: int) -> float
         k, v = _packed(made.k, packed), _packed(made.v, packed)
         mx.eval(first.k, first.v, k.tiles, k.scale, v.tiles, v.scale, recent.k, recent.v)
         segments: list[Segment] = [first, PackedSegment(packed, k, v), recent]
-        return lambda q: kernels.attend(q, segments, scale=DIM**-0.5)
+        return lambda q: kernels.attend(q, segments, AttentionArgs(scale=DIM**-0.5))
 
     return _milliseconds(query_heads, [layer() for _ in range(copies)])
 

@@ -18,7 +18,7 @@ from ..experts import formats, layers
 from ..experts.fused import FusedExperts
 from ..host.skeleton import skeleton
 from ..kernels import check_results
-from ..kernels.check_results import ROWS
+from ..kernels.check_results import TIMED_ROWS
 from ..kernels.spec import PackedWeight
 from .timing import SHARE, memory, repeated
 
@@ -86,12 +86,12 @@ class ExpertTiming:
 
 
 def cells() -> list[tuple[Dims, Triple]]:
-    """Every pair of a model and formats that its dimensions have; each is measured for all numbers of ROWS."""
+    """Every pair of a model and formats that its dimensions have; each is measured for all numbers of TIMED_ROWS."""
     return [(model, triple) for model in MODELS for triple in TRIPLES if _fits(model, triple)]
 
 
 def measure_experts(model: Dims, triple: Triple, room: int | None = None) -> list[ExpertTiming]:
-    """A timing for each number of ROWS; `room` in bytes, None: what MLX may take here. A kernel that does not run is a
+    """A timing for each number of TIMED_ROWS; `room` in bytes, None: what MLX may take. A kernel that does not run is a
     timing that says so. Graphs are built before the clock starts."""
     room = memory() if room is None else room
     size = sum(
@@ -101,11 +101,11 @@ def measure_experts(model: Dims, triple: Triple, room: int | None = None) -> lis
     )
     if size > SHARE * room:
         why = f"needs {size / SHARE / 1e9:.1f} GB, {room / 1e9:.1f} GB free"
-        return [ExpertTiming(model.name, _key(model, triple), rows, skipped=why) for rows in ROWS]
+        return [ExpertTiming(model.name, _key(model, triple), rows, skipped=why) for rows in TIMED_ROWS]
     try:
         weights = [_packed(spec, model.experts, *shape) for spec, shape in zip(triple, model.shapes(), strict=True)]
         mx.eval([weight.parts for weight in weights])
-        return [_timing(model, triple, weights, rows) for rows in ROWS]
+        return [_timing(model, triple, weights, rows) for rows in TIMED_ROWS]
     finally:
         mx.clear_cache()
 

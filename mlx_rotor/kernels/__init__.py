@@ -1,22 +1,23 @@
-"""The operations everything above calls: each picks the backend and runs its kernel or its reference."""
+"""The operations that caches call: encode, attend, dequantize. Each runs its kernel or its reference, see `backend`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 
 from . import check_results, reference
+from .arguments import AttentionArgs
 from .attention import attend_exact, attend_metal
 from .launch import backend
 from .packed import TILE
 from .packing import dequantize_metal, encode_metal, encode_reference
 from .segments import ExactSegment, PackedSegment, PackedSide, Segment, in_order
-from .spec import KernelCodec
+from .spec import Codec
 
 __all__ = [
     "TILE",
+    "AttentionArgs",
     "ExactSegment",
     "PackedSegment",
     "PackedSide",
@@ -29,9 +30,9 @@ __all__ = [
 
 
 def encode(
-    codec: KernelCodec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
+    codec: Codec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
 ) -> tuple[mx.array, mx.array | None]:
-    """Packs x [B, H, n, D] into whole tiles; words and scales behind token n are 0.
+    """Packs x [B, H, n, D], of any float dtype, into whole tiles; words and scales behind token n are 0.
 
     Args:
         mean: float16 [B, H, groups, D] in the codec's basis, subtracted before encoding: token i has mean
@@ -49,35 +50,30 @@ def encode(
     return encode_metal(codec, x, mean, first=first, span=span)
 
 
-def attend(
-    q: mx.array,
-    segments: Sequence[Segment],
-    *,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sink_logits: mx.array | None = None,
-    window: int | None = None,
-    kept: bool = False,
-    lengths: mx.array | None = None,
-) -> mx.array:
-    """Attention over [sink tokens][packed segments …][exact recent], each optional; see `reference.attend`.
+def attend(q: mx.array, segments: Sequence[Segment], args: AttentionArgs) -> mx.array:
+    """Attention of q over segments in token order: sink tokens, packed segments, recent tokens, each optional.
+
+        attend(q, [ExactSegment(k, v), PackedSegment(4096, k_side, v_side)], AttentionArgs(scale=128**-0.5))
+
+    Args:
+        q: [B, Hq, L, D], float16, bfloat16 or float32, the dtype of the exact tokens; Hq is a multiple of their heads.
+
+    Returns:
+        [B, Hq, L, Dv] in q's dtype. A row that sees nothing is zero.
 
     Raises:
         RotorError: if a codec's kernel failed its check on this machine, or for a shape no kernel takes.
     """
-    how: dict[str, Any] = {
-        "scale": scale, "mask": mask, "sink_logits": sink_logits, "window": window, "kept": kept, "lengths": lengths,
-    }  # fmt: skip
     if backend() == "reference":
-        return reference.attend(q, segments, **how)
-    first, bodies, recent = in_order(segments)
+        return reference.attend(q, segments, args)
+    sinks, bodies, recent = in_order(segments)
     if not bodies:
-        return attend_exact(q, [segment for segment in (first, recent) if segment], **how)
-    for segment in bodies:
-        if segment.k.codec.kernel is None or segment.v.codec.kernel is None:
-            return reference.attend(q, segments, **how)
-        check_results.refuse("attend", q.dtype, segment.k.codec, segment.v.codec)
-    return attend_metal(q, first, bodies, recent, **how)
+        return attend_exact(q, [segment for segment in (sinks, recent) if segment], args)
+    for body in bodies:
+        if body.k.codec.kernel is None or body.v.codec.kernel is None:
+            return reference.attend(q, segments, args)
+        check_results.refuse("attend", q.dtype, body.k.codec, body.v.codec)
+    return attend_metal(q, sinks, bodies, recent, args)
 
 
 def dequantize(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.array:

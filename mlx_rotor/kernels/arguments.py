@@ -1,4 +1,4 @@
-"""What the attention kernels take: one attention, checked, as arrays in the kernels' order."""
+"""The arguments of one attention, beside its queries and tokens."""
 
 from __future__ import annotations
 
@@ -7,119 +7,50 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import RotorError
-from . import metal
-from .segments import ExactSegment, PackedSegment, Ready
-from .spec import DTYPES
-
-LOG2E = 1.4426950408889634
-POSITION = "threadgroup_position_in_grid, thread_index_in_threadgroup, thread_index_in_simdgroup"
-NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2  # MLX_ROTOR_NO_MASK ...
-CAUSAL, EXACT, KEPT, BETWEEN, BEHIND = 1, 2, 4, 8, 16  # flags, as rows.h has them
-_NOTHING_MASKED = mx.array([[[[False]]]])
-mx.eval(_NOTHING_MASKED)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Everything that one launch takes, checked: shapes, types, and the arrays by the kernels' names for them.
+@dataclass(frozen=True, eq=False, slots=True)
+class AttentionArgs:
+    """How L queries attend to S tokens; `q` is [B, Hq, L, D], and the queries are those of the last L tokens.
 
-    `rows` are the query rows of a KV head; `splits` counts the body's and, where this launch reads exact tokens,
-    theirs, which is the last.
+        kernels.attend(q, segments, AttentionArgs(scale=128**-0.5, mask="causal", window=4096))
+
+    Attributes:
+        scale: multiplies the scores.
+        mask: None, "causal", or an array broadcastable to [B, Hq, L, S]: boolean (True is seen) or additive floats.
+        sink_logits: [Hq], attention-sink logits of the model, which take softmax mass and have no value; None: none.
+        window: a query at position p sees positions above p - window only; None: all.
+        keep_first: the exact segment in front is seen whatever the window, if other tokens follow it.
+        lengths: int32 [B, 3], for batches of unequal rows: how many sink tokens, body tokens and recent tokens each
+            row holds, counted from the first of each segment. A row's queries are then those of its own last L tokens;
+            queries before its first token see nothing. The mask's columns stay the S places of the segments.
+
+    Raises:
+        RotorError: a mask that is another string, a window without a token, or lengths of another shape.
     """
 
-    q: mx.array
-    body: Ready
-    rows: int
-    splits: int
-    mask_kind: int
-    inputs: dict[str, mx.array]
+    scale: float
+    mask: mx.array | str | None = None
+    sink_logits: mx.array | None = None
+    window: int | None = None
+    keep_first: bool = False
+    lengths: mx.array | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mask, str) and self.mask != "causal":
+            raise RotorError(f"unknown mask {self.mask!r}: None, 'causal' or an array")
+        if self.window is not None and self.window < 1:
+            raise RotorError(f"a window must hold at least 1 token, not {self.window}")
+        if self.lengths is not None and (self.lengths.ndim != 2 or self.lengths.shape[1] != 3):
+            raise RotorError(f"lengths are [B, 3], of sink, body and recent tokens; these are {self.lengths.shape}")
 
     @property
-    def dtype(self) -> str:
-        return DTYPES[self.q.dtype]
+    def causal(self) -> bool:
+        return isinstance(self.mask, str)
 
-    def partial_shapes(self) -> list[tuple[int, ...]]:
-        lead = (self.q.shape[0], self.body.kv_heads, self.rows, self.splits)
-        return [(*lead, self.body.v_dim), (*lead, 2)]
-
-
-def arguments(names: tuple[str, ...]) -> str:
-    """Of decode() and prefill(), from K's tiles on to what they write, for a launch with inputs `names`."""
-
-    def given(name: str) -> str:
-        return name if name in names else "nullptr"
-
-    return f"""
-      k_tiles, k_tiles_shape, {given("k_scale")}, v_tiles, v_tiles_shape, {given("v_scale")},
-      {given("k_mean")}, {"k_mean_shape[2]" if "k_mean" in names else "0"},
-      sink_k, sink_k_strides, sink_v, sink_v_strides, recent_k, recent_k_strides, recent_v, recent_v_strides,
-      mask, mask_strides, lengths, sizes, out, stats"""
-
-
-def problem(
-    q: mx.array,
-    sink_segment: ExactSegment | None,
-    body: PackedSegment,
-    recent: ExactSegment | None,
-    *,
-    scale: float,
-    mask: mx.array | str | None,
-    window: int | None,
-    kept: bool,
-    lengths: mx.array | None,
-    splits: int,
-    behind: int = 0,
-    before: int = 0,
-    after: int = 0,
-) -> Problem:
-    """Checks and gathers. Raises RotorError for what no kernel takes, saying what.
-
-    Args:
-        body: one of the packed segments: of all, `before` tokens come before it and `after` behind. The last one's
-            launch reads the exact tokens too.
-        behind: tokens that follow the last query's own.
-    """
-    if q.dtype not in DTYPES:
-        raise RotorError(f"attention kernels take float16, bfloat16 or float32 queries, not {q.dtype}")
-    ready = body.ready
-    batch, heads, queries, dim = q.shape
-    if dim != ready.k_dim or heads % ready.kv_heads:
-        raise RotorError(
-            f"queries {q.shape} don't go with {ready.kv_heads} KV heads of dimension {ready.k_dim}: "
-            "the head dimension must be the same, and the KV heads must divide the query heads"
-        )
-    # An absent exact segment is the other one, with length 0; both absent: any array of the right kind.
-    first = sink_segment or recent or _empty(q, ready)
-    last = recent or first
-    n_sinks, n_recent = sink_segment.length if sink_segment else 0, recent.length if recent else 0
-    if lengths is None:
-        lengths = mx.array([[n_sinks, body.length, after + n_recent]] * batch, mx.int32)
-    kind, mask_array = NO_MASK, _NOTHING_MASKED
-    if isinstance(mask, mx.array):
-        slots = n_sinks + before + body.length + after + n_recent
-        kind = BOOL_MASK if mask.dtype == mx.bool_ else ADDED_MASK
-        mask_array = mx.broadcast_to(mask, (batch, heads, queries, slots))
-    elif mask not in (None, "causal"):
-        raise RotorError(f"unknown mask {mask!r}: None, 'causal' or an array")
-    exact_splits = int(after == 0 and n_sinks + n_recent > 0)
-    flags = CAUSAL * isinstance(mask, str) + EXACT * exact_splits + KEPT * kept + BETWEEN * (before > 0)
-    group = heads // ready.kv_heads
-    sizes = [queries, group, splits, window or 0, flags + BEHIND * behind, n_sinks + before, body.length]
-    inputs = {
-        "q": q, "table": ready.k.table, "root": metal.constant(ready.k.back), "factor": metal.constant(scale * LOG2E),
-        **ready.inputs,
-        "sink_k": _row(first.k, q), "sink_v": _row(first.v, q),
-        "recent_k": _row(last.k, q), "recent_v": _row(last.v, q),
-        "mask": mask_array, "lengths": lengths, "sizes": mx.array(sizes, mx.int32),
-    }  # fmt: skip
-    return Problem(q, ready, group * queries, splits + exact_splits, kind, inputs)
-
-
-def _empty(q: mx.array, body: Ready) -> ExactSegment:
-    return ExactSegment(*(mx.zeros((q.shape[0], body.kv_heads, 1, d), q.dtype) for d in (body.k_dim, body.v_dim)))
-
-
-def _row(x: mx.array, q: mx.array) -> mx.array:
-    if x.dtype != q.dtype:
-        raise RotorError(f"exact tokens are {x.dtype}, queries {q.dtype}: attention kernels take one dtype")
-    return x
+    def rows(self, start: int, stop: int) -> mx.array | str | None:
+        """The mask of queries start .. stop."""
+        mask = self.mask
+        if not isinstance(mask, mx.array) or mask.ndim < 2 or mask.shape[-2] == 1:
+            return mask
+        return mask[..., start:stop, :]

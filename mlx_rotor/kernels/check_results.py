@@ -24,9 +24,9 @@ import mlx.core as mx
 from ..errors import RotorError
 from ..files import write_bytes
 from . import metal
-from .spec import KernelCodec, PackedWeight, WeightFormat
+from .spec import Codec, PackedWeight, WeightFormat
 
-ROWS = (1, 2, 4, 8)  # rows that expert kernels are timed at
+TIMED_ROWS = (1, 2, 4, 8)  # rows that expert kernels are timed at
 OF_EXPERTS = ("route", "gate_up", "down")  # operations that fused experts are made of
 Entries = list[dict[str, Any]]
 _ignored: ContextVar[bool] = ContextVar("mlx_rotor_check_results_ignored", default=False)
@@ -55,7 +55,7 @@ class Slower:
     stock_ms: float
 
 
-def codec_id(codec: KernelCodec) -> str:
+def codec_id(codec: Codec) -> str:
     """Codecs that differ in their parameter only run the same kernels."""
     return f"{codec.name.partition(':')[0]}@{codec.dim}"
 
@@ -160,7 +160,7 @@ def ignored() -> Iterator[None]:
         _ignored.reset(token)
 
 
-def refuse(operation: str, dtype: mx.Dtype, *codecs: KernelCodec) -> None:
+def refuse(operation: str, dtype: mx.Dtype, *codecs: Codec) -> None:
     """Call before a Metal kernel of `operation` ("encode", "attend", "dequantize") runs over `codecs` in `dtype`.
 
     Raises:
@@ -188,7 +188,7 @@ def prefers_stock(kernel_key: str, rows: int) -> str | None:
     for failure in failed:
         if failure.operation in OF_EXPERTS and formats.issuperset(failure.codecs):
             return f"its kernel failed a check on this machine: {failure.check}"
-    timed = next((n for n in ROWS if n >= rows), None)
+    timed = next((n for n in TIMED_ROWS if n >= rows), None)
     for one in lost:
         if (one.key, one.rows) == (kernel_key, timed):
             return (

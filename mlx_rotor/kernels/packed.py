@@ -1,6 +1,5 @@
-"""Encoded vectors one by one: what codecs make and read. Tiles are how many of them lie in memory.
-
-Tiles: how packed tokens lie in memory. 32 tokens of one head, word w of token t at place 32 w + t.
+"""Packed tokens in memory: words and a scale a vector, and tiles of 32 tokens of one head, word w of token t at place
+32 w + t.
 
 A simdgroup whose lanes are tokens reads one whole line at a time. A vector that is no whole number of words has 16 bits
 over; those of two tokens share a word at the end of the tile.

@@ -1,6 +1,7 @@
-"""Encoding a chunk of vectors into tiles: the kernel and its reference.
+"""Between vectors and tiles: the launches that encode a chunk of tokens and that give packed tokens back.
 
-Packed tokens back in the model's basis: the kernel. Its reference is `reference.dequantize`.
+`encode_metal` launches `attention/encode.h`, held against `encode_reference` bit for bit; `dequantize_metal` launches
+`attention/dequantize.h`, held against `reference.dequantize`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from ..errors import RotorError
 from . import metal, segments
 from .packed import TILE, to_tiles
 from .segments import PackedSide, spread
-from .spec import KernelCodec, spec_of
+from .spec import Codec, spec_of
 
 ENCODE_THREADS, ENCODE_TILES = 128, 2  # MLX_ROTOR_ENCODE_THREADS, MLX_ROTOR_ENCODE_TILES
 
 
 def encode_metal(
-    codec: KernelCodec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
+    codec: Codec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
 ) -> tuple[mx.array, mx.array | None]:
-    """x: [B, H, n, d] -> (tiles [B, H, ceil(n / 32), 32 words] uint32, scale [B, H, 32 ceil(n / 32)] float16 or None).
+    """x [B, H, n, d] -> (tiles uint32 [B, H, ceil(n / 32), words a tile], scale float16 [B, H, 32 ceil(n / 32)] or
+    None).
+
+    `mean`, `first`, `span`: as `kernels.encode` has them.
 
     Raises:
         RotorError: if the codec has no kernel, or means it can't take.
@@ -63,9 +67,9 @@ def encode_metal(
 
 
 def encode_reference(
-    codec: KernelCodec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
+    codec: Codec, x: mx.array, mean: mx.array | None = None, *, first: int = 0, span: int = 0
 ) -> tuple[mx.array, mx.array | None]:
-    """The reference of the encode kernel: the same shapes and errors, and on a CPU the same bits."""
+    """As `encode_metal` by the codec's own operations: the same shapes and errors, and on a CPU the same bits."""
     segments.check_means(codec, x.shape, mean, first, span)
     packed = codec.encode(x, None if mean is None else spread(mean, first, first + x.shape[2], span))
     if packed.scale is None:

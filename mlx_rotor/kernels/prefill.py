@@ -1,6 +1,7 @@
-"""Rotating vectors on the GPU, and bringing them into the order that a quantizer's levels come in.
+"""Attention of many query rows over packed tokens: the launches before `merge`, and how the work is cut.
 
-Attention of many query rows: the launches before `merge`, and how the work is cut.
+`rotate_metal` launches `attention/rotate.h`, held against `Codec.rotate` and `Codec.unrotate`; `prefill` launches
+`attention/prefill.h`, held against `reference.attend`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import mlx.core as mx
 
 from ..errors import RotorError
 from . import metal
-from .arguments import POSITION, Problem, arguments
+from .problem import POSITION, Problem, arguments
 from .segments import PackedSegment
 from .spec import DTYPES, KernelSpec, Struct
 
@@ -61,7 +62,7 @@ def rotate_metal(
     return out
 
 
-THREADS, ROWS = 128, 32  # MLX_ROTOR_PREFILL_THREADS, MLX_ROTOR_PREFILL_ROWS
+PREFILL_THREADS, PREFILL_ROWS = 128, 32  # MLX_ROTOR_PREFILL_THREADS, MLX_ROTOR_PREFILL_ROWS
 MAX_DIM = 256  # a step's tokens fit 32 KiB of threadgroup memory, and a row's queries and sums the registers
 THREADGROUPS = 256  # enough to fill a GPU
 PARTIAL_BYTES = 64 << 20  # partial results of the queries taken at a time
@@ -71,7 +72,7 @@ def splits_for(q: mx.array, body: PackedSegment, most: int) -> int:
     """Parts that the body is read in: as many as fill a GPU along with the rows, at most `most`."""
     batch, heads, queries, _ = q.shape
     kv_heads = body.k.tiles.shape[1]
-    blocks = -(-(heads // kv_heads * queries) // ROWS)
+    blocks = -(-(heads // kv_heads * queries) // PREFILL_ROWS)
     return max(1, min(most, -(-THREADGROUPS // (batch * kv_heads * blocks))))
 
 
@@ -97,13 +98,13 @@ def prefill(p: Problem, rotated: mx.array) -> list[mx.array]:
         raise RotorError(f"the prefill kernel takes head dimensions up to {MAX_DIM}, not {max(body.k_dim, body.v_dim)}")
     # The rotation's numbers are the rotate kernel's.
     inputs = {"rotated": rotated, **{name: x for name, x in p.inputs.items() if name not in ("table", "root")}}
-    blocks = -(-p.rows // ROWS)
+    blocks = -(-p.rows // PREFILL_ROWS)
     return _prefill(p.dtype, body.k, body.v, body.k_dim, body.v_dim, p.mask_kind, body.span, (*inputs,))(
         inputs=list(inputs.values()),
         output_shapes=p.partial_shapes(),
         output_dtypes=[mx.float32, mx.float32],
-        grid=(THREADS * p.splits, body.kv_heads * blocks, p.q.shape[0]),
-        threadgroup=(THREADS, 1, 1),
+        grid=(PREFILL_THREADS * p.splits, body.kv_heads * blocks, p.q.shape[0]),
+        threadgroup=(PREFILL_THREADS, 1, 1),
     )
 
 

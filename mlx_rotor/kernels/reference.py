@@ -1,95 +1,54 @@
-"""The references of the kernels: what they compute, in plain mx operations, with float32 accumulation.
-
-Knows segments of keys and values, not where they are stored or how they are packed.
-"""
+"""References in plain mx operations, with float32 sums: `attend` of the decode, prefill and merge kernels, `dequantize`
+of the dequantize kernel. That of the encode kernel is the codec itself (`packing.encode_reference`), that of the rotate
+kernel `Codec.rotate`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import mlx.core as mx
 
-from .mask import TokenMask, held_by, kept_in_front
-from .segments import PackedSegment, PackedSide
+from .arguments import AttentionArgs
+from .mask import TokenMask
+from .segments import PackedSide, Segment
 
 # Elements of one score tile: bounds a tile's scores at 8 MiB and its keys at a thousand tokens.
 TILE_SCORES = 1 << 21
 MIN_TILE, MAX_TILE = 64, 1024
 
 
-class Run(Protocol):
-    """Consecutive tokens that attention reads, in some basis of its own."""
-
-    @property
-    def length(self) -> int: ...
-
-    def keys(self, start: int, stop: int) -> mx.array:
-        """float32 [B, Hkv, stop - start, D] in the basis of `rotate_query`."""
-
-    def values(self, start: int, stop: int) -> mx.array:
-        """float32 [B, Hkv, stop - start, Dv] in the basis that `unrotate_output` undoes."""
-
-    def rotate_query(self, q: mx.array) -> mx.array: ...
-
-    def unrotate_output(self, o: mx.array) -> mx.array: ...
-
-
 def dequantize(side: PackedSide, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
-    """Tokens start .. stop of a packed side in the model's basis, [B, H, stop - start, D]."""
+    """Tokens start .. stop of a packed side in the model's basis, [B, H, stop - start, D] of dtype."""
     if start == stop:
         return mx.zeros((*side.tiles.shape[:2], 0, side.codec.dim), dtype)
     return side.codec.unrotate(side.rotated(start, stop)).astype(dtype)
 
 
-def _tiles(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    for at in range(start, stop, size):
-        yield at, min(at + size, stop)
-
-
-def attend(
-    q: mx.array,
-    segments: Sequence[Run],
-    *,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sink_logits: mx.array | None = None,
-    window: int | None = None,
-    kept: bool = False,
-    lengths: mx.array | None = None,
-) -> mx.array:
-    """Attention of q over consecutive segments, tile by tile with an online softmax.
+def attend(q: mx.array, segments: Sequence[Segment], args: AttentionArgs) -> mx.array:
+    """Attention of q over consecutive segments, tile by tile with an online softmax. No array is as long as the past.
 
     Args:
         q: [B, Hq, L, D]; Hq is a multiple of the segments' heads.
-        segments: in token order; together S tokens, of which q's are the last L.
-        scale: multiplies the scores.
-        mask: None, "causal", boolean (True is seen) or additive, broadcastable to [B, Hq, L, S].
-        sink_logits: [Hq] attention-sink logits, which take softmax mass and no value.
-        window: a query at position p sees positions above p - window only; None: all.
-        kept: the exact segment in front, if other tokens follow it, is seen whatever the window.
-        lengths: int32 [B, 3], for batches of unequal rows: how many tokens of sinks, body and recent tokens each row
-            holds, from each segment's first. q's rows are then the last L of the row's own tokens; positions before its
-            first see nothing. A mask's columns stay the S slots.
+        segments: in token order.
 
     Returns:
         [B, Hq, L, Dv] in q's dtype. A row that sees nothing is zero.
+
+    Raises:
+        RotorError: lengths that don't go with these segments.
     """
     B, heads, L, D = q.shape
-    held = None if lengths is None else held_by([isinstance(segment, PackedSegment) for segment in segments], lengths)
-    token_mask = TokenMask(
-        L, [segment.length for segment in segments], mask, window, held, kept_in_front(segments) if kept else 0
-    )
+    token_mask = TokenMask.over(segments, L, args)
     kv_heads = next(segment.keys(0, 1).shape[1] for segment in segments if segment.length)
     group = heads // kv_heads
-    queries = (q.astype(mx.float32) * scale).reshape(B, kv_heads, group * L, D)
+    queries = (q.astype(mx.float32) * args.scale).reshape(B, kv_heads, group * L, D)
     size = max(MIN_TILE, min(MAX_TILE, TILE_SCORES // (B * heads * L)))
 
-    if sink_logits is None:
+    if args.sink_logits is None:
         top = mx.full((B, heads, L, 1), -mx.inf)
         mass = mx.zeros((B, heads, L, 1))
     else:
-        top = mx.broadcast_to(sink_logits.astype(mx.float32).reshape(1, heads, 1, 1), (B, heads, L, 1))
+        top = mx.broadcast_to(args.sink_logits.astype(mx.float32).reshape(1, heads, 1, 1), (B, heads, L, 1))
         mass = mx.ones((B, heads, L, 1))
     out: mx.array | None = None
     for nth, segment in enumerate(segments):
@@ -119,3 +78,8 @@ def attend(
             out = restored if out is None else out + restored
     assert out is not None
     return (out / mx.where(mass > 0, mass, 1.0)).astype(q.dtype)
+
+
+def _tiles(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, stop, size):
+        yield at, min(at + size, stop)

@@ -1,6 +1,6 @@
-"""Means that were subtracted from vectors: which mean a token has, and how a kernel is told. Knows no cache.
+"""Segments: consecutive tokens that attention reads, exact or packed, with the means that were subtracted from them.
 
-Runs: consecutive tokens that attention reads, exact or packed. Knows codecs by what they do, not by name.
+Token order is sink tokens (exact), packed segments, recent tokens (exact); each part may be absent.
 """
 
 from __future__ import annotations
@@ -13,47 +13,14 @@ import mlx.core as mx
 
 from ..errors import RotorError
 from .packed import TILE, Packed, from_tiles
-from .spec import KernelCodec, KernelSpec, spec_of
-
-
-def check_means(codec: KernelCodec, shape: tuple[int, ...], mean: mx.array | None, first: int, span: int) -> None:
-    """Raises RotorError for means [B, H, groups, D] that don't fit n tokens of `shape` [B, H, n, D] from `first` on."""
-    if mean is None:
-        return
-    b, h, n, d = shape
-    if not codec.scaled:
-        raise RotorError(f"codec {codec.name} takes no means: its vectors have no scale of their own")
-    if first % TILE or span % TILE or first < 0 or span < 0:
-        raise RotorError(f"means start at token {first} and span {span}; both must be multiples of {TILE} from 0")
-    groups = (first + max(n, 1) - 1) // span + 1 if span else 1
-    fits = mean.ndim == 4 and (*mean.shape[:2], mean.shape[3]) == (b, h, d)
-    if not fits or mean.shape[2] < groups or (span == 0 and mean.shape[2] > 1) or mean.dtype != mx.float16:
-        raise RotorError(
-            f"means are {mean.dtype} {list(mean.shape)}; tokens {first} to {first + n} of {[b, h, n, d]} with a span "
-            f"of {span} need float16 [{b}, {h}, {'at least ' if span else ''}{groups}, {d}]"
-        )
-
-
-def mean_names(mean: mx.array | None) -> tuple[str, ...]:
-    """Names of a kernel's inputs that hold the means."""
-    return () if mean is None else ("mean", "spans")
-
-
-def mean_inputs(mean: mx.array | None, first: int, span: int) -> list[mx.array]:
-    return [] if mean is None else [mean, mx.array([first, span], mx.int32)]
-
-
-def mean_argument(mean: mx.array | None) -> str:
-    """What the call line passes."""
-    return "NoMean()" if mean is None else "mean_of(mean, mean_strides, spans)"
-
+from .spec import Codec, KernelSpec, spec_of
 
 ONE_MEAN = 1 << 24  # tiles that share a mean where all do
 
 
 @dataclass(frozen=True)
 class ExactSegment:
-    """Tokens kept as they came: k, v [B, H, length, D]."""
+    """Tokens kept as they came: k [B, H, length, D], v [B, H, length, Dv], float16, bfloat16 or float32."""
 
     k: mx.array
     v: mx.array
@@ -63,9 +30,11 @@ class ExactSegment:
         return int(self.k.shape[2])
 
     def keys(self, start: int, stop: int) -> mx.array:
+        """Tokens start .. stop, float32 [B, H, stop - start, D]."""
         return self.k[:, :, start:stop].astype(mx.float32)
 
     def values(self, start: int, stop: int) -> mx.array:
+        """Tokens start .. stop, float32 [B, H, stop - start, Dv]."""
         return self.v[:, :, start:stop].astype(mx.float32)
 
     def rotate_query(self, q: mx.array) -> mx.array:
@@ -75,26 +44,22 @@ class ExactSegment:
         return o
 
 
-def spread(mean: mx.array, start: int, stop: int, span: int) -> mx.array:
-    """The means of tokens start .. stop, float32: mean [B, H, groups, D] -> [B, H, stop - start, D], or one for all,
-    [B, H, 1, D], where span is 0."""
-    if span == 0:
-        return mean.astype(mx.float32)
-    return mx.take(mean.astype(mx.float32), mx.arange(start, stop) // span, axis=2)
-
-
-@dataclass(frozen=True)
+@dataclass
 class PackedSide:
-    """K or V of packed tokens: a codec and whole buffers, whose room behind the tokens is never cut off.
+    """K or V of packed tokens, as whole buffers: kernels read them in place, with the room behind the tokens.
 
-    tiles: uint32 [B, H, room / 32, D · bits]; scale: float16 [B, H, room], None where the codec keeps none.
-    mean: float16 [B, H, groups, D] in the codec's basis, or None: what was subtracted from vectors before they were
-    encoded. Token t has mean t // span; a span of 0 is one mean for all.
+    Attributes:
+        codec: what the vectors are encoded with.
+        tiles: uint32 [B, H, room / 32, words a tile].
+        scale: float16 [B, H, room], one a vector; None where the codec keeps none.
+        mean: float16 [B, H, groups, D] in the codec's basis, subtracted from vectors before they were encoded; None
+            where nothing was. Token t has mean t // span.
+        span: tokens that share a mean, a multiple of 32; 0: one mean for all.
     """
 
-    codec: KernelCodec
+    codec: Codec
     tiles: mx.array
-    scale: mx.array | None
+    scale: mx.array | None = None
     mean: mx.array | None = None
     span: int = 0
 
@@ -104,7 +69,7 @@ class PackedSide:
         return Packed(from_tiles(self.tiles, start, stop), scale)
 
     def rotated(self, start: int, stop: int) -> mx.array:
-        """float32 [B, H, stop - start, D] in the codec's basis."""
+        """Tokens start .. stop in the codec's basis, float32 [B, H, stop - start, D]."""
         x = self.codec.decode_rotated(self.packed(start, stop))
         if self.mean is None:
             return x
@@ -136,9 +101,11 @@ class PackedSegment:
     v: PackedSide
 
     def keys(self, start: int, stop: int) -> mx.array:
+        """Tokens start .. stop in the basis of `rotate_query`, float32 [B, H, stop - start, D]."""
         return self.k.rotated(start, stop)
 
     def values(self, start: int, stop: int) -> mx.array:
+        """Tokens start .. stop in the basis that `unrotate_output` undoes, float32 [B, H, stop - start, Dv]."""
         return self.v.rotated(start, stop)
 
     def rotate_query(self, q: mx.array) -> mx.array:
@@ -176,11 +143,11 @@ Segment = ExactSegment | PackedSegment
 
 
 def in_order(segments: Sequence[Segment]) -> tuple[ExactSegment | None, list[PackedSegment], ExactSegment | None]:
-    """Segments in token order as (sinks, packed segments, recent), without empty ones; a single exact segment is
-    `recent`.
+    """Segments as (sink tokens, packed segments, recent tokens), without empty ones. A single exact segment counts as
+    recent tokens.
 
     Raises:
-        ValueError: if they are not exact sinks, packed segments and exact recent tokens.
+        RotorError: the segments are not sink tokens, packed segments and recent tokens, in this order.
     """
     sinks: ExactSegment | None = None
     bodies: list[PackedSegment] = []
@@ -194,6 +161,48 @@ def in_order(segments: Sequence[Segment]) -> tuple[ExactSegment | None, list[Pac
         elif isinstance(segment, ExactSegment) and recent is None:
             recent = segment
         else:
-            kinds = ", ".join(type(r).__name__ for r in held)
-            raise ValueError(f"segments must be exact sinks, packed segments, exact recent tokens; these are {kinds}")
+            kinds = ", ".join(type(s).__name__ for s in held)
+            raise RotorError(f"segments must be exact sink tokens, packed ones, exact recent ones; these are {kinds}")
     return sinks, bodies, recent
+
+
+def spread(mean: mx.array, start: int, stop: int, span: int) -> mx.array:
+    """The means of tokens start .. stop: mean [B, H, groups, D] -> float32 [B, H, stop - start, D], or [B, H, 1, D]
+    where span is 0."""
+    if span == 0:
+        return mean.astype(mx.float32)
+    return mx.take(mean.astype(mx.float32), mx.arange(start, stop) // span, axis=2)
+
+
+def check_means(codec: Codec, shape: tuple[int, ...], mean: mx.array | None, first: int, span: int) -> None:
+    """Raises RotorError for means that don't fit n tokens of `shape` [B, H, n, D], the first of which is token `first`
+    of the first mean's span."""
+    if mean is None:
+        return
+    b, h, n, d = shape
+    if not codec.scaled:
+        raise RotorError(f"codec {codec.name} takes no means: its vectors have no scale of their own")
+    if first % TILE or span % TILE or first < 0 or span < 0:
+        raise RotorError(f"means start at token {first} and span {span}; both must be multiples of {TILE} from 0")
+    groups = (first + max(n, 1) - 1) // span + 1 if span else 1
+    fits = mean.ndim == 4 and (*mean.shape[:2], mean.shape[3]) == (b, h, d)
+    if not fits or mean.shape[2] < groups or (span == 0 and mean.shape[2] > 1) or mean.dtype != mx.float16:
+        raise RotorError(
+            f"means are {mean.dtype} {list(mean.shape)}; tokens {first} to {first + n} of {[b, h, n, d]} with a span "
+            f"of {span} need float16 [{b}, {h}, {'at least ' if span else ''}{groups}, {d}]"
+        )
+
+
+def mean_names(mean: mx.array | None) -> tuple[str, ...]:
+    """Names of the inputs of a kernel that hold the means."""
+    return () if mean is None else ("mean", "spans")
+
+
+def mean_inputs(mean: mx.array | None, first: int, span: int) -> list[mx.array]:
+    """The arrays of `mean_names`."""
+    return [] if mean is None else [mean, mx.array([first, span], mx.int32)]
+
+
+def mean_argument(mean: mx.array | None) -> str:
+    """The argument of the call line that stands for the means."""
+    return "NoMean()" if mean is None else "mean_of(mean, mean_strides, spans)"

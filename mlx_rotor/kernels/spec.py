@@ -1,7 +1,4 @@
-"""What a kernel needs to know of a codec: its Metal types and the numbers of its rotation.
-
-Packed weights as kernels and their references see them: a format, its arrays, and how the reference reads them.
-"""
+"""Codecs and packed weights as kernels and their references see them: Metal types, arrays, decoding in plain `mx`."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ..errors import RotorError
+from .packed import Packed
 
 DTYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}  # and their Metal types
 
@@ -45,8 +43,18 @@ class KernelSpec:
     back: float = 1.0
 
 
-class KernelCodec(Protocol):
-    """A codec as kernels and their references see it; `mlx_rotor.codec.base.Codec` says what the methods do."""
+class Codec(Protocol):
+    """Encodes vectors of one dimension and decodes them. Stateless: constants only, evaluated when they are made.
+
+    Attributes:
+        name: with its parameter where it has one, as in "fp8:0.03125".
+        dim: elements of a vector, d.
+        index_bits: bits of an element's code.
+        tile_words: 32-bit words of a tile, the words of 32 vectors without their scales.
+        scaled: whether a vector has a float16 scale beside its words.
+        bits: stored bits an element, the scale included.
+        kernel: the codec in Metal; None: it runs as MLX operations on every backend.
+    """
 
     @property
     def name(self) -> str: ...
@@ -64,20 +72,32 @@ class KernelCodec(Protocol):
     def scaled(self) -> bool: ...
 
     @property
+    def bits(self) -> float: ...
+
+    @property
     def kernel(self) -> KernelSpec | None: ...
 
-    def encode(self, x: mx.array, mean: mx.array | None = None) -> Any: ...
+    def encode(self, x: mx.array, mean: mx.array | None = None) -> Packed:
+        """x [..., d] of any float dtype -> words and scales of its vectors.
 
-    def decode(self, packed: Any) -> mx.array: ...
+        `mean`: float32 in the codec's basis, broadcastable to x, subtracted before encoding. RotorError where the codec
+        is not `scaled` and there is one.
+        """
 
-    def decode_rotated(self, packed: Any) -> mx.array: ...
+    def decode(self, packed: Packed) -> mx.array:
+        """float32 [..., d] in the basis of x, less the mean."""
 
-    def rotate(self, x: mx.array) -> mx.array: ...
+    def decode_rotated(self, packed: Packed) -> mx.array:
+        """float32 [..., d] in the codec's own basis: `unrotate` of it is `decode`."""
 
-    def unrotate(self, y: mx.array) -> mx.array: ...
+    def rotate(self, x: mx.array) -> mx.array:
+        """float32 [..., d] into the codec's basis, so that ⟨rotate(q), decode_rotated(p)⟩ = ⟨q, decode(p)⟩."""
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        """float32 [..., d] back from the codec's basis."""
 
 
-def spec_of(codec: KernelCodec) -> KernelSpec:
+def spec_of(codec: Codec) -> KernelSpec:
     """The codec in Metal. Raises RotorError where it has none."""
     if codec.kernel is None:
         raise RotorError(

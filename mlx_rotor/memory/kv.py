@@ -12,8 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache import RotorCache, Scheme
-from ..cache.body import SPAN
-from ..cache.side import capacity_for
+from ..cache.body import SPAN, capacity_for
 from ..errors import RotorError
 from ..host.attachment import stock_cache
 from ..host.layers import compress

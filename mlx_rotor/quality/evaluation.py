@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import RotorError
 from ..quant import job
 from ..quant.plan import Plan, decimal
-from ..quant.policy import Policy
+from ..quant.source import open_folder
 from .machine import machine
 from .metrics import Divergence, Estimate
 from .streamed import Quality, SourceReference
@@ -79,24 +79,23 @@ def evaluate_checkpoint(
 
 def compare_policies(
     reference: SourceReference,
-    policies: Sequence[Policy | Plan],
+    plans: Sequence[Plan],
     *,
     fit: str = "search",
     guide: job.GuideFactory | None = None,
     folder: str | Path | None = None,
     progress: Callable[[str], Any] | None = None,
 ) -> list[CheckpointRow]:
-    """Rows for other policies: each is quantized from the same source into a temporary folder, measured, and deleted.
+    """Rows for other plans: each is quantized from the same source into a temporary folder, measured, and deleted.
 
     Args:
-        fit, guide: as of `job.quantize`; the same as the checkpoint's make the rows comparable.
+        fit, guide: as of `job.execute`; the same as the checkpoint's make the rows comparable.
         folder: where the temporary folders are made; default is the system's.
         progress: called with what is being done.
 
     Raises:
-        RotorError: too little disk for the largest of them, before anything is made; and as `job.quantize`.
+        RotorError: too little disk for the largest of them, before anything is made; and as `job.execute`.
     """
-    plans = [p if isinstance(p, Plan) else job.dry_run(reference.folder, p, fit=fit)[0] for p in policies]
     place = Path(folder or tempfile.gettempdir())
     need, free = round(ROOM * max((p.nbytes for p in plans), default=0)), shutil.disk_usage(place).free
     if need > free:
@@ -112,7 +111,7 @@ def compare_policies(
             out = Path(temporary) / name
             if progress is not None:
                 progress(f"{name}: quantizing")
-            job.quantize(reference.folder, out, plan, fit=fit, guide=guide)
+            job.execute(open_folder(reference.folder), out, plan, fit=fit, guide=guide)
             if progress is not None:
                 progress(f"{name}: measuring")
             rows.append(

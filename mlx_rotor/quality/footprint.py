@@ -65,12 +65,12 @@ def _packed(cache: RotorCache) -> tuple[float, int] | None:
 
 
 def packed_side(side: Any) -> tuple[float, int]:
-    """(bytes, elements) of one packed token of one side, a `cache.side.Side` that holds any."""
+    """(bytes, elements) of one packed token of one side, a `cache.body.Side` that holds any."""
     rows, heads = side.tiles.shape[:2]
     stored = (side.tiles.nbytes + (0 if side.scale is None else side.scale.nbytes)) / side.room
     if side.mean is not None and side.span:
         stored += side.mean.nbytes / side.mean.shape[2] / side.span
-    return stored / rows, heads * side.dim
+    return stored / rows, heads * side.codec.dim
 
 
 def bytes_per_further_token(cache: Sequence[Any]) -> float | None:

@@ -15,7 +15,7 @@ import pytest
 from metal_sim import SUPPORTED, UNSUPPORTED, CompileError, Kernel, Options, ToolsMissing, bits, build, mlx_source
 from metal_sim.test_mlx_kernels import QUANTIZED
 from mlx_rotor import codec
-from mlx_rotor.kernels import PackedSegment, PackedSide, metal
+from mlx_rotor.kernels import AttentionArgs, PackedSegment, PackedSide, metal
 from mlx_rotor.kernels.attention import attend_metal
 from mlx_rotor.kernels.packing import dequantize_metal, encode_metal
 
@@ -104,7 +104,7 @@ def test_ptxas_takes_our_kernels(pair, arch, tmp_path):
             sides.append(PackedSide(made, *packed))
             dequantize_metal(sides[-1], 0, 40, mx.float16)
         queries = mx.zeros((1, 12, 40, timing.DIM), mx.float16)
-        attend_metal(queries, None, [PackedSegment(40, *sides)], None, scale=1.0, mask="causal")
+        attend_metal(queries, None, [PackedSegment(40, *sides)], None, AttentionArgs(scale=1.0, mask="causal"))
     finally:
         metal.use_maker(None)
     launches = recorder.launches + timing.launches(pair, timing.ENCODED, arch)

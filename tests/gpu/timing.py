@@ -19,7 +19,7 @@ def launches(pair: tuple[str, str], tokens: int, arch: str) -> list[Launch]:
     import mlx.core as mx
 
     from mlx_rotor import codec
-    from mlx_rotor.kernels import ExactSegment, PackedSegment, PackedSide, metal
+    from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, metal
     from mlx_rotor.kernels.attention import attend_metal
     from mlx_rotor.kernels.packing import encode_reference
 
@@ -39,7 +39,7 @@ def launches(pair: tuple[str, str], tokens: int, arch: str) -> list[Launch]:
     metal.use_maker(recorder)
     try:
         body = PackedSegment(tokens, *sides)
-        mx.eval(attend_metal(random(1, HEADS, 1, DIM), exact[0], [body], exact[1], scale=DIM**-0.5))
+        mx.eval(attend_metal(random(1, HEADS, 1, DIM), exact[0], [body], exact[1], AttentionArgs(scale=DIM**-0.5)))
     finally:
         metal.use_maker(None)
     return recorder.launches

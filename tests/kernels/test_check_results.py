@@ -7,7 +7,7 @@ import pytest
 
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.experts import formats
-from mlx_rotor.kernels import ExactSegment, PackedSegment, PackedSide, check_results, experts, metal
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, check_results, experts, metal
 from mlx_rotor.kernels.check_results import Failure, Slower
 from mlx_rotor.kernels.spec import PackedWeight
 
@@ -139,7 +139,7 @@ def test_operations_refuse_what_failed_and_only_on_the_metal_backend(monkeypatch
     segments = [PackedSegment(40, side, side), ExactSegment(x, x)]
     uses = {
         "encode": lambda: kernels.encode(TURBO4, x),
-        "attend": lambda: kernels.attend(x[:, :, :1], segments, scale=1.0),
+        "attend": lambda: kernels.attend(x[:, :, :1], segments, AttentionArgs(scale=1.0)),
         "dequantize": lambda: kernels.dequantize(side, 0, 40, mx.float16),
     }
     ids = ("turbo4@64",)

@@ -19,7 +19,7 @@ from kernel_cases import (
 )  # fmt: skip
 from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
-from mlx_rotor.kernels import reference
+from mlx_rotor.kernels import AttentionArgs, reference
 
 
 def off(q, segments, **how) -> float:
@@ -30,7 +30,7 @@ def off(q, segments, **how) -> float:
     if how.get("lengths") is None:
         segments = [segment for segment in segments if segment]
     with mx.stream(mx.cpu):
-        want = reference.attend(q.astype(mx.float32), segments, **how)
+        want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
     return distance(got, want)
 
 
@@ -159,6 +159,8 @@ def test_the_packages_attend_uses_it(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
     q, segments = problem()
     with running() as simulator:
-        got = kernels.attend(q, segments, scale=0.1, mask="causal")
+        got = kernels.attend(q, segments, AttentionArgs(scale=0.1, mask="causal"))
         assert len(simulator.reports) == (2 if SUPPORTED else 0)
-    assert distance(got, reference.attend(q, segments, scale=0.1, mask="causal")) <= TOLERANCE[mx.float32]
+    assert (
+        distance(got, reference.attend(q, segments, AttentionArgs(scale=0.1, mask="causal"))) <= TOLERANCE[mx.float32]
+    )

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_rotor import RotorError, codec, kernels
 from mlx_rotor.host import attention
-from mlx_rotor.kernels import ExactSegment, PackedSegment, PackedSide, launch, metal, reference
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, launch, metal, reference
 from mlx_rotor.kernels.segments import in_order
 
 
@@ -77,7 +77,7 @@ def test_an_unknown_backend_is_named(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "vulkan")
     c, x = codec.get("turbo4", 64), mx.ones((1, 2, 3, 64))
     calls = [
-        lambda: kernels.attend(x, exact(3, batch=1), scale=1.0),
+        lambda: kernels.attend(x, exact(3, batch=1), AttentionArgs(scale=1.0)),
         lambda: kernels.encode(c, x),
         lambda: kernels.dequantize(PackedSide(c, mx.zeros((1, 2, 1, 256), mx.uint32), x), 0, 1, mx.float32),
     ]
@@ -95,7 +95,7 @@ def test_encode_and_attend_launch_kernels(made):
     segment = packed("trellis3")
     assert [name.rsplit("_", 1)[0] for name in made] == ["mlx_rotor_encode_trellis3_64"] * 2
     assert segment.k.tiles.shape == (2, 2, 2, 64 * 3) and segment.k.scale.shape == (2, 2, 64)
-    out = kernels.attend(mx.ones((2, 4, 1, 64)), [*exact(4), segment, *exact(9)], scale=1.0)
+    out = kernels.attend(mx.ones((2, 4, 1, 64)), [*exact(4), segment, *exact(9)], AttentionArgs(scale=1.0))
     assert out.shape == (2, 4, 1, 64) and len(made) > 2
     del made[:]
     x = kernels.dequantize(segment.v, 3, 40, mx.float16)
@@ -108,8 +108,8 @@ def test_a_codec_without_a_kernel_is_mlxs_operations(made):
     del made[:]
     mixed = PackedSegment(40, other.k, segment.v)
     for segments in ([segment], [mixed], [*exact(4), other, mixed]):
-        out = kernels.attend(q, segments, scale=0.2)
-        assert mx.array_equal(out, reference.attend(q, segments, scale=0.2)) and out.any()
+        out = kernels.attend(q, segments, AttentionArgs(scale=0.2))
+        assert mx.array_equal(out, reference.attend(q, segments, AttentionArgs(scale=0.2))) and out.any()
     shown = kernels.dequantize(segment.k, 0, 4, mx.float16)
     assert mx.array_equal(shown, reference.dequantize(segment.k, 0, 4, mx.float16)) and shown.any()
     assert not made
@@ -135,14 +135,14 @@ def test_exact_tokens_alone_go_to_mlxs_attention(made, lengths, wrapped, dtype):
         {"mask": "causal", "sink_logits": mx.random.normal((4,)).astype(dtype)},
         {"mask": "causal", "window": 9},
         {"mask": "causal", "window": 300},
-        {"mask": "causal", "window": 9, "kept": True},
-        {"mask": "causal", "window": 2, "kept": True, "lengths": held},
+        {"mask": "causal", "window": 9, "keep_first": True},
+        {"mask": "causal", "window": 2, "keep_first": True, "lengths": held},
         {"mask": "causal", "lengths": held},
         {"mask": mx.ones((5, 1), mx.bool_), "lengths": held, "window": 3},
     ):
-        out = kernels.attend(q, segments, scale=0.2, **options)
+        out = kernels.attend(q, segments, AttentionArgs(scale=0.2, **options))
         assert out.dtype == dtype
-        expected = reference.attend(q, segments, scale=0.2, **options)
+        expected = reference.attend(q, segments, AttentionArgs(scale=0.2, **options))
         assert mx.abs(out - expected).max() < (1e-5 if dtype == mx.float32 else 6e-3), options
     assert not made
 
@@ -160,5 +160,5 @@ def test_runs_in_order():
     assert in_order([a, body, PackedSegment(0, body.k, body.v), other, b]) == (a, [body, other], b)
     assert in_order([body, other]) == (None, [body, other], None)
     for wrong in ([a, b, body], [body, b, other], [a, b, a]):
-        with pytest.raises(ValueError, match="exact sinks, packed segments"):
+        with pytest.raises(RotorError, match="exact sink tokens, packed ones"):
             in_order(wrong)

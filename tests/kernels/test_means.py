@@ -22,7 +22,7 @@ from kernel_cases import (
 )
 from metal_sim import Options
 from mlx_rotor import RotorError
-from mlx_rotor.kernels import attention, reference
+from mlx_rotor.kernels import AttentionArgs, attention, reference
 
 DECODE, PREFILL = 1, 9  # query rows: with three heads a KV head, what either kernel takes
 CASES = [
@@ -200,6 +200,6 @@ def test_the_reference_adds_them_to_the_tokens():
         v[:, :, token] += np.array(body.v.mean)[:, :, 0]
     k, v = (side.codec.unrotate(mx.array(x)) for side, x in ((body.k, k), (body.v, v)))
     want = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2)
-    assert mx.abs(reference.attend(q, [body], scale=0.2) - want).max() < 1e-5
+    assert mx.abs(reference.attend(q, [body], AttentionArgs(scale=0.2)) - want).max() < 1e-5
     for side, x in ((body.k, k), (body.v, v)):
         assert mx.allclose(reference.dequantize(side, 33, 100, mx.float32), x[:, :, 33:100], atol=1e-5)

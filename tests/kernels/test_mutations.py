@@ -7,7 +7,7 @@ import pytest
 
 from kernel_cases import attend_segments, barriers, distance, mutated, needs_simulator, objections, problem, vectors
 from mlx_rotor import codec
-from mlx_rotor.kernels import reference
+from mlx_rotor.kernels import AttentionArgs, reference
 from mlx_rotor.kernels.packing import encode_metal, encode_reference
 
 pytestmark = needs_simulator
@@ -33,7 +33,9 @@ def attending(pair, dim, causal=False, **changes):
         mask = mx.array(np.where(rng.random((2, slots)) < 0.9, rng.random((2, slots)), -np.inf).astype(np.float32))
         logits = mx.linspace(-1, 1, q.shape[1])
         how = {"scale": q.shape[-1] ** -0.5, "mask": "causal" if causal else mask, "sink_logits": logits, "window": 250}
-        return distance(attend_segments(q, segments, **how), reference.attend(q, [r for r in segments if r], **how))
+        return distance(
+            attend_segments(q, segments, **how), reference.attend(q, [r for r in segments if r], AttentionArgs(**how))
+        )
 
     return run
 

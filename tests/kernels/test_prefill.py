@@ -18,7 +18,7 @@ from kernel_cases import (
     running,
 )
 from mlx_rotor import RotorError
-from mlx_rotor.kernels import prefill, reference
+from mlx_rotor.kernels import AttentionArgs, prefill, reference
 
 # Every codec as K and as V, every head dimension, every dtype: pairs of them, not all triples.
 CASES = [
@@ -45,7 +45,7 @@ def off(q, segments, **how) -> float:
     assert got.dtype == q.dtype
     if how.get("lengths") is None:
         segments = [segment for segment in segments if segment]
-    return distance(got, reference.attend(q.astype(mx.float32), segments, **how))
+    return distance(got, reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how)))
 
 
 def agree(q, segments, options=None, **how):

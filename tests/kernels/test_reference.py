@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_rotor import codec
-from mlx_rotor.kernels import ExactSegment, PackedSegment, PackedSide, reference
+from mlx_rotor.errors import RotorError
+from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, reference
 from mlx_rotor.kernels.packing import encode_reference
 
 
@@ -51,7 +52,7 @@ def test_causal(tile, lengths, heads, kv_heads, rows):
     rows = min(rows, total)
     q = mx.array(np.random.default_rng(1).standard_normal((2, heads, rows, 32)).astype(np.float32))
     seen = np.arange(total - rows, total)[:, None] >= np.arange(total)[None]
-    out = reference.attend(q, parts, scale=0.2, mask="causal" if rows > 1 else None)
+    out = reference.attend(q, parts, AttentionArgs(scale=0.2, mask="causal" if rows > 1 else None))
     assert out.shape == (2, heads, rows, 16)
     assert np.allclose(np.array(out), expected(q, parts, 0.2, seen), atol=2e-5)
 
@@ -69,7 +70,7 @@ def test_array_masks_and_sinks(tile):
         ({"sink_logits": sink_logits}, {"sink_logits": sink_logits}),
         ({"mask": mx.array(seen), "sink_logits": sink_logits}, {"seen": seen, "sink_logits": sink_logits}),
     ):
-        out = reference.attend(q, parts, scale=0.3, **kwargs)
+        out = reference.attend(q, parts, AttentionArgs(scale=0.3, **kwargs))
         assert np.allclose(np.array(out), expected(q, parts, 0.3, **truth), atol=2e-5), truth.keys()
 
 
@@ -80,7 +81,7 @@ def test_agrees_with_mlx():
     sink_logits = mx.random.normal((8,))
     for mask, logits in (("causal", None), (None, None), ("causal", sink_logits)):
         theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask=mask, sinks=logits)
-        ours = reference.attend(q, parts, scale=0.1, mask=mask, sink_logits=logits)
+        ours = reference.attend(q, parts, AttentionArgs(scale=0.1, mask=mask, sink_logits=logits))
         assert mx.allclose(ours, theirs, atol=1e-5)
 
 
@@ -89,14 +90,14 @@ def test_rows_and_tiles_that_see_nothing(tile):
     q = mx.random.normal((2, 2, 3, 32))
     seen = np.zeros((3, 40), bool)
     seen[1, 30:] = True
-    out = np.array(reference.attend(q, parts, scale=1.0, mask=mx.array(seen)))
+    out = np.array(reference.attend(q, parts, AttentionArgs(scale=1.0, mask=mx.array(seen))))
     assert np.array_equal(out[:, :, [0, 2]], np.zeros_like(out[:, :, [0, 2]]))
     assert np.allclose(out[:, :, 1], expected(q, parts, 1.0, seen)[:, :, 1], atol=2e-5)
 
 
 def test_dtype_is_the_queries():
     parts = segments([10], 2, 32, 32)
-    assert reference.attend(mx.ones((2, 2, 1, 32), mx.bfloat16), parts, scale=1.0).dtype == mx.bfloat16
+    assert reference.attend(mx.ones((2, 2, 1, 32), mx.bfloat16), parts, AttentionArgs(scale=1.0)).dtype == mx.bfloat16
 
 
 def packed_runs(lengths, kv_heads, d, name="turbo4", seed=0):
@@ -140,7 +141,7 @@ def test_windows(tile, window, mask, rows):
     elif mask == "add":
         add = rng.standard_normal((rows, 44)).astype(np.float32)
         given = mx.array(add)
-    out = reference.attend(q, stored, scale=0.3, mask=given, window=window)
+    out = reference.attend(q, stored, AttentionArgs(scale=0.3, mask=given, window=window))
     assert np.allclose(np.array(out), expected(q, parts, 0.3, seen, add), atol=3e-5)
 
 
@@ -161,7 +162,9 @@ def test_ragged_rows(tile, lengths, window, rows):
         ({"mask": mx.array(also)}, {"seen": also & visible(slots, lengths, rows, False, window)}),
         ({"mask": None}, {"seen": visible(slots, lengths, rows, False, window)}),
     ):
-        out = reference.attend(q, stored, scale=0.3, window=window, lengths=mx.array(lengths, mx.int32), **kwargs)
+        out = reference.attend(
+            q, stored, AttentionArgs(scale=0.3, window=window, lengths=mx.array(lengths, mx.int32), **kwargs)
+        )
         assert np.allclose(np.array(out), expected(q, parts, 0.3, **truth), atol=3e-5), truth.keys()
 
 
@@ -171,17 +174,21 @@ def test_sink_tokens_may_stay_visible(tile, rows, window):
     slots = [9, 30, 11]
     stored, parts = packed_runs(slots, 2, 64)
     q = mx.array(np.random.default_rng(5).standard_normal((2, 6, rows, 64)).astype(np.float32))
-    how = {"scale": 0.3, "mask": "causal", "window": window, "kept": True}
+    how = {"scale": 0.3, "mask": "causal", "window": window, "keep_first": True}
     for segments, shown in ((stored, parts), ([stored[0], stored[2]], [parts[0], parts[2]])):
         held = [segment.length for segment in segments]
         seen = visible(held, [held] * 2, rows, True, window, kept=True)
-        assert np.allclose(np.array(reference.attend(q, segments, **how)), expected(q, shown, 0.3, seen), atol=3e-5)
+        assert np.allclose(
+            np.array(reference.attend(q, segments, AttentionArgs(**how))), expected(q, shown, 0.3, seen), atol=3e-5
+        )
     for segments, shown in ((stored[1:], parts[1:]), ([stored[2]], [parts[2]])):  # no sink tokens in front
         held = [segment.length for segment in segments]
         seen = visible(held, [held] * 2, rows, True, window)
-        assert np.allclose(np.array(reference.attend(q, segments, **how)), expected(q, shown, 0.3, seen), atol=3e-5)
+        assert np.allclose(
+            np.array(reference.attend(q, segments, AttentionArgs(**how))), expected(q, shown, 0.3, seen), atol=3e-5
+        )
     lengths = [[9, 30, 11], [2, 17, 4]]
-    out = reference.attend(q, stored, lengths=mx.array(lengths, mx.int32), **how)
+    out = reference.attend(q, stored, AttentionArgs(lengths=mx.array(lengths, mx.int32), **how))
     seen = visible(slots, lengths, rows, True, window, kept=True)
     assert np.allclose(np.array(out), expected(q, parts, 0.3, seen), atol=3e-5)
 
@@ -195,17 +202,17 @@ def test_several_packed_runs(tile):
     q = mx.array(np.random.default_rng(6).standard_normal((2, 6, 3, 64)).astype(np.float32))
     for window in (None, 25):
         seen = visible(slots, [slots] * 2, 3, True, window)
-        out = reference.attend(q, stored, scale=0.3, mask="causal", window=window)
+        out = reference.attend(q, stored, AttentionArgs(scale=0.3, mask="causal", window=window))
         assert np.allclose(np.array(out), expected(q, parts, 0.3, seen), atol=3e-5)
-    with pytest.raises(ValueError, match="one packed segment, not with 3"):
-        reference.attend(q, stored, scale=0.3, lengths=mx.zeros((2, 3), mx.int32))
+    with pytest.raises(RotorError, match="one packed segment, not with 3"):
+        reference.attend(q, stored, AttentionArgs(scale=0.3, lengths=mx.zeros((2, 3), mx.int32)))
 
 
 def test_slots_that_a_row_does_not_hold_may_hold_anything():
     slots, lengths = [3, 30, 11], [[3, 30, 7], [2, 0, 0]]
     stored, parts = packed_runs(slots, 2, 64)
     q, held = mx.random.normal((2, 4, 2, 64)), mx.array(lengths, mx.int32)
-    expected = reference.attend(q, stored, scale=0.3, mask="causal", lengths=held)
+    expected = reference.attend(q, stored, AttentionArgs(scale=0.3, mask="causal", lengths=held))
     rubbish = []
     for segment, part, column in zip(stored, parts, range(3), strict=True):
         behind = (mx.arange(part.length) >= held[:, column][:, None])[:, None]
@@ -217,7 +224,7 @@ def test_slots_that_a_row_does_not_hold_may_hold_anything():
             rubbish.append(
                 PackedSegment(segment.length, *(replace(s, scale=s.scale.astype(mx.float16)) for s in sides))
             )
-    out = reference.attend(q, rubbish, scale=0.3, mask="causal", lengths=held)
+    out = reference.attend(q, rubbish, AttentionArgs(scale=0.3, mask="causal", lengths=held))
     assert mx.array_equal(out, expected)
 
 
@@ -225,10 +232,10 @@ def test_a_ragged_batch_is_its_rows_one_by_one():
     slots, lengths = [3, 30, 11], [[3, 30, 7], [2, 0, 0]]
     stored, parts = packed_runs(slots, 2, 64)
     q = mx.random.normal((2, 4, 2, 64))
-    out = reference.attend(q, stored, scale=0.3, mask="causal", lengths=mx.array(lengths, mx.int32))
+    out = reference.attend(q, stored, AttentionArgs(scale=0.3, mask="causal", lengths=mx.array(lengths, mx.int32)))
     for b, held in enumerate(lengths):
         own = [ExactSegment(p.k[b : b + 1, :, :n], p.v[b : b + 1, :, :n]) for p, n in zip(parts, held, strict=True)]
-        alone = reference.attend(q[b : b + 1], own, scale=0.3, mask="causal")
+        alone = reference.attend(q[b : b + 1], own, AttentionArgs(scale=0.3, mask="causal"))
         assert mx.allclose(out[b : b + 1], alone, atol=1e-5)
 
 
@@ -241,7 +248,7 @@ def test_lengths_find_the_runs_that_are_there(present, columns):
     stored, parts = packed_runs(slots, 2, 64)
     held = [[n if i in columns else 0 for i, n in enumerate(row)] for row in ([2, 11, 5], [4, 20, 8])]
     q = mx.random.normal((2, 4, 1, 64))
-    out = reference.attend(q, [stored[i] for i in present], scale=0.3, lengths=mx.array(held, mx.int32))
+    out = reference.attend(q, [stored[i] for i in present], AttentionArgs(scale=0.3, lengths=mx.array(held, mx.int32)))
     own = [slots[i] for i in present]
     seen = visible(own, [[row[i] for i in present] for row in held], 1, True, None)
     assert np.allclose(np.array(out), expected(q, [parts[i] for i in present], 0.3, seen), atol=3e-5)
@@ -261,9 +268,9 @@ def test_dequantize_is_the_codecs_decode(name):
 
 def test_what_no_attention_can_mean_is_refused():
     q, parts = mx.ones((2, 2, 1, 32)), segments([3, 3, 3, 3], 2, 32, 32)
-    with pytest.raises(ValueError, match="window"):
-        reference.attend(q, parts, scale=1.0, window=0)
-    with pytest.raises(ValueError, match="unknown mask 'diagonal'"):
-        reference.attend(q, parts, scale=1.0, mask="diagonal")
-    with pytest.raises(ValueError, match="4 segments"):
-        reference.attend(q, parts, scale=1.0, lengths=mx.zeros((2, 3), mx.int32))
+    with pytest.raises(RotorError, match="window"):
+        reference.attend(q, parts, AttentionArgs(scale=1.0, window=0))
+    with pytest.raises(RotorError, match="unknown mask 'diagonal'"):
+        reference.attend(q, parts, AttentionArgs(scale=1.0, mask="diagonal"))
+    with pytest.raises(RotorError, match="4 segments"):
+        reference.attend(q, parts, AttentionArgs(scale=1.0, lengths=mx.zeros((2, 3), mx.int32)))

@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 from metal_sim import SUPPORTED
 from mlx_rotor import RotorError, kernels
-from mlx_rotor.kernels import attention, prefill, reference
+from mlx_rotor.kernels import AttentionArgs, attention, prefill, reference
 
 DECODE, PREFILL = 2, 9  # query rows: with two or three heads a KV head, what either kernel takes
 
@@ -76,18 +76,18 @@ def test_a_mask_is_read_where_the_run_is(queries):
 def test_windows_and_sinks_that_stay(lengths, queries, kept):
     q, segments = problem(queries=queries, length=lengths, group=2, recent=30, kv_heads=1)
     for window in (3, 100):
-        agree(q, segments, window=window, kept=kept)
-    agree(q, segments, window=40, kept=kept, mask=None)
+        agree(q, segments, window=window, keep_first=kept)
+    agree(q, segments, window=40, keep_first=kept, mask=None)
     if kept:
         q, segments = problem(queries=queries, length=lengths, group=2, first=0, recent=30, kv_heads=1)
-        agree(q, segments, window=25, kept=kept)
+        agree(q, segments, window=25, keep_first=kept)
 
 
 @needs_kernels
 @pytest.mark.parametrize("queries", [DECODE, 20])
 def test_ragged_batches_keep_their_own_sinks(queries):
     q, segments = problem(batch=3, queries=queries, group=2, length=100, kv_heads=1)
-    agree(q, segments, lengths=mx.array([[4, 100, 37], [2, 60, 5], [3, 0, 37]]), window=12, kept=True)
+    agree(q, segments, lengths=mx.array([[4, 100, 37], [2, 60, 5], [3, 0, 37]]), window=12, keep_first=True)
 
 
 @needs_kernels
@@ -98,7 +98,7 @@ def test_queries_whose_own_tokens_are_packed():
     whole = agree(q, segments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "PARTIAL_BYTES", 10 * 4 * 2 * 3 * 64)
-        pieces = agree(q, segments, window=30, kept=True)
+        pieces = agree(q, segments, window=30, keep_first=True)
     if SUPPORTED:
         assert sorted(whole) == ["merge", "prefill", "prefill", "rotate"] and sorted(pieces) == sorted(3 * whole)
 
@@ -114,7 +114,7 @@ def test_a_launch_for_each_and_one_more():
 @pytest.mark.parametrize("queries", [DECODE, PREFILL])
 def test_no_schedule_matters(queries, options):
     q, segments = problem(("trellis3", "turbo2"), 80, (300, 70), queries=queries, group=3, recent=40, kv_heads=1)
-    agree(q, segments, options=options, window=200, kept=True)
+    agree(q, segments, options=options, window=200, keep_first=True)
 
 
 @needs_kernels
@@ -157,13 +157,15 @@ def test_what_no_kernel_takes_is_named():
 def test_the_packages_attend_takes_them(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
     q, segments = problem(length=(40, 33))
-    how = {"scale": 0.1, "mask": "causal", "window": 20, "kept": True}
+    how = {"scale": 0.1, "mask": "causal", "window": 20, "keep_first": True}
     with running() as simulator:
-        got = kernels.attend(q, segments, **how)
+        got = kernels.attend(q, segments, AttentionArgs(**how))
         assert len(simulator.reports) == (3 if SUPPORTED else 0)
-        exact = kernels.attend(q, [segments[0], segments[-1]], **how)
-    assert distance(got, reference.attend(q, segments, **how)) <= TOLERANCE[mx.float32]
-    assert distance(exact, reference.attend(q, [segments[0], segments[-1]], **how)) <= TOLERANCE[mx.float32]
+        exact = kernels.attend(q, [segments[0], segments[-1]], AttentionArgs(**how))
+    assert distance(got, reference.attend(q, segments, AttentionArgs(**how))) <= TOLERANCE[mx.float32]
+    assert (
+        distance(exact, reference.attend(q, [segments[0], segments[-1]], AttentionArgs(**how))) <= TOLERANCE[mx.float32]
+    )
 
 
 def case(queries, first=3, **how):
@@ -171,7 +173,7 @@ def case(queries, first=3, **how):
 
 
 # A step of the prefill kernel that is of sinks alone.
-FEW, MANY = case(DECODE, window=60, kept=True), case(20, first=33, window=60, kept=True)
+FEW, MANY = case(DECODE, window=60, keep_first=True), case(20, first=33, window=60, keep_first=True)
 WINDOW = case(DECODE, window=60)
 MASKED = case(DECODE, mask=mx.array(np.random.default_rng(5).random((DECODE, 216)) < 0.7))
 

@@ -15,7 +15,7 @@ from mlx_rotor.quality.evaluation import CheckpointRow, Evaluation
 from mlx_rotor.quality.metrics import Divergence, Estimate
 from mlx_rotor.quality.sample import Size, bundled
 from mlx_rotor.quality.streamed import Quality, SourceReference
-from mlx_rotor.quant import job, policy
+from mlx_rotor.quant import Recipe, dry_run, policy, quantize
 
 
 def quality(domain, kl, agreement=0.845, windows=16):
@@ -160,11 +160,10 @@ def checkpoint(tmp_path_factory):
     """The bundled model quantized, measured on a little text, compared with another policy, and its card written."""
     root = tmp_path_factory.mktemp("card")
     out, said = root / "out", []
-    made = job.quantize(MODEL, out, policy.load("uniform-4bit"), fit="fast")
+    made = quantize(MODEL, out, Recipe(policy.load("uniform-4bit"), fit="fast"))
     with SourceReference(MODEL, bundled(), Size(2, 16, 0, (), (), 0)) as reference:
-        others = evaluation.compare_policies(
-            reference, [policy.load("uniform-2bit")], fit="fast", folder=root, progress=said.append
-        )
+        plan, _ = dry_run(MODEL, Recipe(policy.load("uniform-2bit")))
+        others = evaluation.compare_policies(reference, [plan], fit="fast", folder=root, progress=said.append)
         found = evaluation.evaluate_checkpoint(reference, out, made.plan, fit="fast", calibrated=False, others=others)
     card.write(out, card.card_of(out, found, source=MODEL))
     return out, found, said
@@ -199,7 +198,8 @@ def test_too_little_disk_is_said_before_anything_is_made(monkeypatch, tmp_path):
     with SourceReference(MODEL, bundled()[:1], Size(1, 8, 0, (), (), 0)) as reference:
         monkeypatch.setattr(evaluation.shutil, "disk_usage", lambda place: Full)
         with pytest.raises(RotorError, match=r"uniform-8bit needs .* MB for a while"):
-            evaluation.compare_policies(reference, [policy.load(f"uniform-{n}bit") for n in (2, 8, 3)], folder=tmp_path)
+            plans = [dry_run(MODEL, Recipe(policy.load(f"uniform-{n}bit")))[0] for n in (2, 8, 3)]
+            evaluation.compare_policies(reference, plans, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from ...tables import text
 from ..fit import relative_error
 from ..plan import Entry, Plan
 from ..policy import Spec
-from . import file_bytes
+from ..shards import file_bytes
 
 PLAIN = "fast"  # the fit that is MLX's own
 
