@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rotor import codec
-from mlx_rotor.kernels import PackedSegment, PackedSide, metal
+from mlx_rotor.kernels import AttentionArgs, PackedSegment, PackedSide, metal
 from mlx_rotor.kernels.attention import attend_metal
 from mlx_rotor.kernels.packing import encode_metal
 
