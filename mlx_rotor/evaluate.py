@@ -1,4 +1,4 @@
-"""`python -m mlx_rotor.evaluate`: what compression cost, one row a configuration (model × KV scheme)."""
+"""`python -m mlx_rotor.evaluate`: measure what compression cost, one row a model and KV scheme."""
 
 from __future__ import annotations
 
