@@ -14,7 +14,7 @@ from ..memory.sizes import parse_size, ram_size, token_count
 from ..quant import policy as policies
 from ..quant import request
 from ..quant.fit import FITS
-from ..quant.recipe import BUNDLED, FOLDS, Recipe
+from ..quant.recipe import BUNDLED, FOLDINGS, Recipe
 from ..quant.shards import SHARD_BYTES
 from .arguments import Parser, parsed, positive
 
@@ -98,7 +98,11 @@ def parser() -> argparse.ArgumentParser:
         "--imatrix", type=Path, metavar="FILE", help="llama.cpp's importance matrix (GGUF), for --calibration"
     )
     fit.add_argument(
-        "--fold", type=_folds, default=(), metavar="WHAT", help=f"even out inputs, exactly: {', '.join(FOLDS)} (none)"
+        "--fold",
+        type=_folds,
+        default=(),
+        metavar="WHAT",
+        help=f"even out inputs, exactly: {', '.join(FOLDINGS)} (none)",
     )
     fit.add_argument(
         "--rescale-overflows", action="store_true", help="rescale, exactly, experts whose inputs overflow float16"
@@ -203,7 +207,7 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
         sequences=args.calibration_sequences,
         length=args.calibration_length,
         imatrix=args.imatrix,
-        folds=() if args.fold == ("none",) else args.fold,
+        scale_folding=() if args.fold == ("none",) else args.fold,
         rescale=args.rescale_overflows,
         shard_bytes=args.shard_size,
     )
@@ -217,7 +221,7 @@ def _fit(text: str) -> str:
 
 
 def _folds(text: str) -> tuple[str, ...]:
-    names = FOLDS if text == "all" else tuple(text.split(","))
-    if unknown := sorted(set(names) - {*FOLDS, "none"}):
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(FOLDS)}, all, none")
+    names = FOLDINGS if text == "all" else tuple(text.split(","))
+    if unknown := sorted(set(names) - {*FOLDINGS, "none"}):
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(FOLDINGS)}, all, none")
     return names
