@@ -1,4 +1,4 @@
-"""What a job fits an entry by, beside the plan: its weights, and what is known of the inputs they meet."""
+"""The guide of a job: the weights it fits, and what is known of the inputs that they meet."""
 
 from __future__ import annotations
 

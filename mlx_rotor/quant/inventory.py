@@ -1,4 +1,4 @@
-"""What a model consists of, by its config.json and a checkpoint's names: each parameter's role, shape and placement.
+"""The parameters of a model, by its config.json and a checkpoint's names: role, shape and placement of each.
 
 A placement says which tensors of the checkpoint hold a parameter, and which rows of them.
 """

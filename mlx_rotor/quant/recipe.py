@@ -1,4 +1,4 @@
-"""How a checkpoint is made, in one value: policy, budget, fit and calibration.
+"""A recipe: all that decides a checkpoint's bits in one value, that is policy, budget, fit and calibration.
 
 A recipe resolves to a `Plan` before anything runs, and says what a job fits by; `job` carries the plan out.
 """

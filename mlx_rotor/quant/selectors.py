@@ -1,4 +1,4 @@
-"""How policies select weights: by role, which is what a weight is for, and by layer. Tensor names never occur.
+"""Roles and layers, by which policies select weights. A role is what a weight is for; tensor names never occur.
 
 Sets of layers are written as follows.
 

@@ -1,4 +1,4 @@
-"""The source model run on some text, layer by layer, ahead of the job that quantizes it: what each input has seen.
+"""Runs the source model on some text, layer by layer ahead of the job, and sums up the inputs of every weight.
 
 The source's own outputs go from layer to layer, never a quantized layer's, so that statistics depend on the text
 alone. Hidden states lie on disk: a job that was killed goes on at its layer, with the same numbers.
