@@ -208,7 +208,7 @@ def test_an_imatrix(small, tmp_path, capsys):
 def test_what_is_folded(small, tmp_path, text):
     def folds(*given):
         args = quantize.parser().parse_args(["--calibration", *given])
-        return quantize_flags.recipe(args)[0].folds
+        return quantize_flags.recipe(args)[0].scale_folding
 
     assert folds() == folds("--fold", "none") == () and folds("--fold", "norms") == ("norms",)
     assert folds("--fold", "all") == folds("--fold", "norms,downs") == ("norms", "downs")

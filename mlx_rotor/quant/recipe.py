@@ -1,4 +1,4 @@
-"""How a checkpoint is made, in one value: policy, budget, fit and calibration.
+"""A recipe: all that decides a checkpoint's bits in one value, that is policy, budget, fit and calibration.
 
 A recipe resolves to a `Plan` before anything runs, and says what a job fits by; `job` carries the plan out.
 """
@@ -23,17 +23,17 @@ from .calibrate import Calibration, text
 from .calibrate.imatrix import Imatrix
 from .calibrate.measure import LENGTH, TOKENS
 from .folding import proof as fold_check
-from .folding.folds import feeding
-from .folding.search import Folding
+from .folding.scales import feeding
+from .folding.search import ScaleFolding
 from .guide import Guide
 from .job import GuideFactory
 from .plan import Plan, make_plan, read_config
 from .policy import Policy
 from .shards import SHARD_BYTES
 from .source import Checkpoint, Source, has_weights, is_repository, locate
-from .spec import BUNDLED, FOLDS, Budget
+from .spec import BUNDLED, FOLDINGS, Budget
 
-PROOF = 64  # tokens that folds are proved on
+PROOF = 64  # tokens that scale folding is proved on
 
 Progress = Callable[[str, int, int], None]  # what runs, steps done, steps in all
 
@@ -48,7 +48,7 @@ class Recipe:
             a calibration text. None: the prior.
         calibration: BUNDLED, or a text file; empty: none. `sequences` and `length` of it, None: by the model's size.
         imatrix: llama.cpp's, in place of a calibration.
-        folds: of FOLDS: what is evened out before the fit, exactly.
+        scale_folding: of FOLDINGS: whose inputs are evened out before the fit, exactly.
         rescale: bring experts whose intermediate values overflow float16 back into its range, exactly.
     """
 
@@ -60,7 +60,7 @@ class Recipe:
     sequences: int | None = None
     length: int | None = None
     imatrix: Path | None = None
-    folds: tuple[str, ...] = ()
+    scale_folding: tuple[str, ...] = ()
     rescale: bool = False
     shard_bytes: int = SHARD_BYTES
 
@@ -77,11 +77,11 @@ class Recipe:
                 "--calibration-sequences and --calibration-length say how much a fit is calibrated on: give"
                 " --calibration, and --fit search or best"
             )
-        if unknown := sorted(set(self.folds) - set(FOLDS)):
-            raise RotorError(f"--fold {unknown[0]}: there is {', '.join(FOLDS)}")
-        if (self.folds or self.rescale) and self.fit == "fast":
+        if unknown := sorted(set(self.scale_folding) - set(FOLDINGS)):
+            raise RotorError(f"--fold {unknown[0]}: there is {', '.join(FOLDINGS)}")
+        if (self.scale_folding or self.rescale) and self.fit == "fast":
             raise RotorError("--fold and --rescale-overflows go by the inputs: use --fit search or best")
-        if self.folds and not guided:
+        if self.scale_folding and not guided:
             raise RotorError("--fold goes by the inputs' sizes: give --calibration or --imatrix")
         if self.rescale and not self.calibration:
             raise RotorError("--rescale-overflows goes by the largest inputs: give --calibration")
@@ -216,7 +216,7 @@ class Recipe:
     def guide(self, progress: Progress | None = None) -> GuideFactory | None:
         """What a job fits by; None where that is the weights alone.
 
-        What it returns raises RotorError: as `Calibration`, `Imatrix`, `Folding`, `fold_check.prove`.
+        What it returns raises RotorError: as `Calibration`, `Imatrix`, `ScaleFolding`, `fold_check.prove`.
         """
         if not self.guided:
             return None
@@ -228,10 +228,10 @@ class Recipe:
             folder = work / "calibration"
             guide = self._statistics(checkpoint, plan, config, folder, named)
             awq = plan.policy.awq  # a plan that is compared with has its own
-            if not (self.folds or self.rescale or awq):
+            if not (self.scale_folding or self.rescale or awq):
                 return guide
-            norms, downs, kind = "norms" in self.folds, "downs" in self.folds, str(config["model_type"])
-            folding = Folding(
+            norms, downs, kind = "norms" in self.scale_folding, "downs" in self.scale_folding, str(config["model_type"])
+            folding = ScaleFolding(
                 guide, plan, kind, self.fit, folder, norms=norms, downs=downs, rescale=self.rescale, awq=awq
             )
             tokens = calibrate.prepare(checkpoint.folder, config, None, 1, PROOF)
