@@ -59,7 +59,7 @@ def test_points_are_the_compressed_rows_by_family():
         ("fp8-mine", "fp8", True),
         ("k=trellis4,v=iso3", "other", True),
     ]
-    assert (found[2].bits, found[2].kl, found[2].se) == (2.2, 0.02, 0.002)
+    assert (found[2].bits, found[2].kl) == (2.2, Estimate(0.02, 0.002))
 
 
 def test_the_drawing_names_families_and_mixed_points_and_no_other_weights():
