@@ -1,4 +1,4 @@
-"""What a configuration's KV caches weigh, measured on the caches the evaluation itself uses."""
+"""The size of a configuration's KV caches, measured on the caches that the evaluation itself uses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tokens through a model and its KV cache: in chunks, then one by one.
-
-A model under evaluation: where it is, what its weights are, and caches for it.
-"""
+"""A model under evaluation: its folder, weights and caches, and the ways that tokens are fed through it."""
 
 from __future__ import annotations
 

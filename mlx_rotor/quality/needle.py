@@ -1,8 +1,6 @@
-"""Needle in a haystack: a code hidden at a known depth of filler text, asked for at the end.
+"""Needle in a haystack: a code hidden at a known depth of filler text, asked for at the end of the prompt.
 
-Knows text and tokens only: no model, no cache. The bundled model's trainer draws its tasks from here too.
-
-Whether a model, through its KV cache, says the code a needle prompt asks for.
+The bundled model's trainer draws its tasks from here too.
 """
 
 from __future__ import annotations

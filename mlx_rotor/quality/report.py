@@ -1,4 +1,4 @@
-"""What a comparison found, as tables for people and as one object for machines. Knows no model."""
+"""The result of a comparison, as tables for people and as one object for machines."""
 
 from __future__ import annotations
 

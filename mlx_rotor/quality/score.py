@@ -1,6 +1,6 @@
-"""The reference's log-probabilities on disk, so that only one model is in memory at a time.
+"""One configuration (a model and a KV scheme) run over the sample and compared with the reference.
 
-One configuration (a model and a KV scheme) run over the sample.
+The reference's log-probabilities lie in a file, so that only one model is in memory at a time.
 """
 
 from __future__ import annotations

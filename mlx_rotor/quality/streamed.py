@@ -1,4 +1,4 @@
-"""What quantizing cost, on a machine smaller than the model: checkpoints against their source, layer by layer.
+"""The quality that quantizing cost, on a machine smaller than the model: checkpoints against their source by layers.
 
 Source and checkpoint run in float32 without a KV cache, each holding one layer's dense weights and one expert at a
 time, so that nothing but the stored weights differs between them. Models that fit can also be run whole, by mlx_lm.
