@@ -9,7 +9,7 @@ import sys
 
 from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant import planned, policy, quantize
+from mlx_rotor.quant import Recipe, policy, quantize
 from mlx_rotor.quant.plan import read_config
 
 MINE = """
@@ -29,7 +29,7 @@ group_size = 32
 
 for name in policy.shipped():
     try:
-        print(f"{name}: {planned(read_config(bundled.MODEL), policy.load(name)).total()}")
+        print(f"{name}: {Recipe(policy.load(name)).plan(read_config(bundled.MODEL)).total()}")
     except RotorError as e:  # a size that is solved for may be too small for this model
         print(f"{name}: {e}")
 

@@ -11,10 +11,11 @@ from .cache import DEFAULT, EXACT
 from .quality.compare import compare
 from .quality.report import Report
 from .quality.sample import QUICK, Size
-from .quant import job
+from .quant import making
+from .quant.events import Progress
 from .quant.job import Result
-from .quant.job.workers import Progress
 from .quant.plan import Plan
+from .quant.recipe import dry_run
 from .quant.request import recipe
 
 
@@ -39,7 +40,7 @@ def plan(model: str | Path | None = None, policy: str | Path | None = None, **as
         92871229440
     """
     model = MODEL if model is None else model
-    return job.dry_run(model, recipe(model, policy, **asked)[0].plan())[0]
+    return dry_run(model, recipe(model, policy, **asked)[0])[0]
 
 
 def quantize(
@@ -80,17 +81,8 @@ def quantize(
     """
     model = MODEL if model is None else model
     wanted, _ = recipe(model, policy, **asked)
-    return job.quantize(
-        model,
-        out,
-        wanted.plan(model),
-        fit=wanted.fit,
-        guide=wanted.guide(),
-        shard_bytes=wanted.shard_bytes,
-        workers=workers,
-        resume=resume,
-        stream_source=stream_source,
-        progress=progress,
+    return making.quantize(
+        model, out, wanted, workers=workers, resume=resume, stream_source=stream_source, progress=progress
     )
 
 

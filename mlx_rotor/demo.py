@@ -107,8 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .host import load
     from .quality.compare import compare
     from .quality.sample import Size
-    from .quant import policy
-    from .quant.job import quantize
+    from .quant import policy, quantize
 
     if parse(args.kv) is None:
         raise RotorError(f"--kv {EXACT} compresses nothing: there is nothing to show")

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from . import tables
 from .cli.arguments import Parser
 from .cli.command import check_writable, finishes, run
 from .errors import RotorError
 
 if TYPE_CHECKING:
+    from .diagnose.attention_speed import AttentionTiming
+    from .diagnose.checking import Outcome
     from .diagnose.expert_speed import ExpertTiming
     from .diagnose.installation import Diagnosis
-    from .diagnose.kernel_check import Outcome
-    from .diagnose.kernel_speed import Timing
 
 OUTPUT = Path("doctor.json")
 SIMULATOR = (
@@ -88,32 +89,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _kernels(a: argparse.Namespace) -> dict[str, Any]:
     """Checks, times, stores the results of both."""
-    from .diagnose import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
+    from .diagnose import attention_check, attention_speed, checking, expert_check, expert_speed
     from .kernels import check_results
 
     check_results.failures()  # a file that can't be read is better known before minutes of checks
-    every = [*kernel_plan.every(), *expert_check.every()]
-    plan = every if a.thorough else [*kernel_plan.quick(), *expert_check.quick()]
+    every = [*attention_check.every(), *expert_check.every()]
+    plan = every if a.thorough else [*attention_check.quick(), *expert_check.quick()]
     outcomes: list[Outcome] = []
     with tqdm(plan, unit="kernel", dynamic_ncols=True) as bar:
         for check in bar:
             bar.set_description(check.name)
             of_experts = isinstance(check, expert_check.ExpertCheck)
-            outcomes.append(expert_check.run(check) if of_experts else kernel_check.run(check))
-    kernel_check.record(outcomes)
+            outcomes.append(expert_check.run(check) if of_experts else attention_check.run(check))
+    checking.record(outcomes)
     if not a.json:
         _print_checks(outcomes, len(every))
-    timings: list[Timing] = []
+    timings: list[AttentionTiming] = []
     expert_timings: list[ExpertTiming] = []
     if not a.no_timing:
-        with tqdm(kernel_speed.cells(), unit="length", dynamic_ncols=True) as bar:
+        with tqdm(attention_speed.cells(), unit="length", dynamic_ncols=True) as bar:
             for scheme, heads, tokens in bar:
                 bar.set_description(f"{scheme}, {heads} heads, {tokens} tokens")
-                timings.append(kernel_speed.measure(scheme, heads, tokens))
+                timings.append(attention_speed.measure_attention(scheme, heads, tokens))
         with tqdm(expert_speed.cells(), unit="layer", dynamic_ncols=True) as layers:
             for model, triple in layers:
                 layers.set_description(f"experts of {model.name}")
-                expert_timings += expert_speed.measure(model, triple)
+                expert_timings += expert_speed.measure_experts(model, triple)
         expert_speed.record(expert_timings)
         if not a.json:
             _print_timings(timings)
@@ -139,7 +140,8 @@ def _print_machine(d: Diagnosis) -> None:
 
 def _print_findings(d: Diagnosis) -> None:
     print()
-    _table(["operation", "backend", "why"], [[o.name, o.backend, o.why] for o in d.operations])
+    rows = [[o.name, o.backend, o.why] for o in d.operations]
+    print(tables.markdown(["operation", "backend", "why"], rows, left=(0, 1, 2)))
     print()
     width = max(len(f.name) for f in d.findings)
     for f in d.findings:
@@ -156,7 +158,7 @@ def _print_checks(outcomes: Sequence[Outcome], every: int) -> None:
         share = [o.error / o.tolerance for o in mine if o.error is not None and o.tolerance]
         worst = f"{100 * max(share):.0f} %" if share else "none"
         rows.append([kind, f"{sum(o.passed for o in mine)}/{len(mine)}", worst])
-    _table(["kernel", "passed", "largest error, of what is allowed"], rows)
+    print(tables.markdown(["kernel", "passed", "largest error, of what is allowed"], rows))
     for o in outcomes:
         if not o.passed or o.note:
             error = "" if o.error is None else f", error {o.error:.2g} of {o.tolerance:.2g} allowed"
@@ -164,7 +166,7 @@ def _print_checks(outcomes: Sequence[Outcome], every: int) -> None:
     sys.stdout.flush()
 
 
-def _print_timings(timings: Sequence[Timing]) -> None:
+def _print_timings(timings: Sequence[AttentionTiming]) -> None:
     print("\nOne attention of one new token: 8 KV heads of 128, fp16, medians")
     rows = []
     for t in timings:
@@ -173,7 +175,7 @@ def _print_timings(timings: Sequence[Timing]) -> None:
             rows.append([*row, "skipped:", t.skipped, ""])
         else:
             rows.append([*row, f"{t.fp16_ms:.3f}", f"{t.ours_ms:.3f}", f"{t.ratio:.2f}"])
-    _table(["scheme", "query heads", "tokens", "fp16 ms", "ours ms", "fp16 / ours"], rows)
+    print(tables.markdown(["scheme", "query heads", "tokens", "fp16 ms", "ours ms", "fp16 / ours"], rows))
 
 
 def _print_experts(timings: Sequence[ExpertTiming]) -> None:
@@ -185,13 +187,7 @@ def _print_experts(timings: Sequence[ExpertTiming]) -> None:
             rows.append([*row, "skipped:", t.skipped, ""])
         else:
             rows.append([*row, f"{t.stock_ms:.3f}", f"{t.fused_ms:.3f}", f"{t.ratio:.2f}"])
-    _table(["model", "weights", "tokens", "stock ms", "fused ms", "stock / fused"], rows)
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]
-    for line in (titles, ["-" * w for w in widths], *rows):
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
+    print(tables.markdown(["model", "weights", "tokens", "stock ms", "fused ms", "stock / fused"], rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the kernels' tests share: running them in the simulator or on a Mac's GPU, problems at random, mutations."""
+"""Shared by the kernels' tests: running them in the simulator or on a Mac's GPU, problems at random, mutations."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -46,8 +47,16 @@ def test_cache_as_json_without_a_model(capsys):
     assert {"ratio", "ratio_a_node", "launches"} <= set(data["overhead"][0])
 
 
+def test_the_cache_parts_defaults_are_the_rows_of_the_published_table():
+    page = Path(__file__).parents[1] / "docs" / "results" / "memory_and_overhead.md"
+    rows = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    args = benchmark.parser().parse_args(["cache"])
+    assert rows == ["exact", *args.schemes.split(",")] and list(args.prompts) == [2048, 4096] and args.tokens == 2048
+
+
 def test_experts(capsys, monkeypatch):
-    monkeypatch.setattr(expert_overhead, "measure", partial(expert_overhead.measure, rounds=3))
+    quick = partial(expert_overhead.measure_expert_overhead, rounds=3)
+    monkeypatch.setattr(expert_overhead, "measure_expert_overhead", quick)
     assert run(benchmark.main, ["experts", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["overhead"]
     assert [row["what"] for row in rows] == ["minimax's experts", "phimoe's experts", "a q8 matrix"]
@@ -57,7 +66,7 @@ def test_experts(capsys, monkeypatch):
 
 def test_weight_fits(capsys, monkeypatch):
     few = {"specs": fits.SPECS[:1]}
-    monkeypatch.setattr(fits, "measure", partial(fits.measure, shape=(64, 256), rounds=1, **few))
+    monkeypatch.setattr(fits, "measure_fits", partial(fits.measure_fits, shape=(64, 256), rounds=1, **few))
     monkeypatch.setattr(fits, "measure_layers", partial(fits.measure_layers, shape=(32, 128), **few))
     assert run(benchmark.main, ["fit", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -79,10 +88,10 @@ def test_a_quantize_job_on_a_small_layer(tmp_path, capsys):
     [
         (["quantize", "--fits", "slow"], "--fits slow: there is fast, search, best"),
         (["codecs", "--codecs", "turbo3,huge7"], "--codecs huge7: there is"),
-        (["codecs", "--vectors", "0"], "must be at least 1"),
         (["codecs", "--codecs", "affine4", "--dim", "80"], "80"),
         (["cache", "--schemes", "turbo99"], "turbo99"),
         (["cache", "--prompts", "100", "--chunk", "64"], "must be multiples of --chunk 64"),
+        (["cache", "--tokens", "132"], "--tokens 132: nothing is packed in so few; 132 stay exact"),
         (["cache", "--schemes", "exact"], "--schemes exact: exact KV is measured beside each"),
     ],
 )
@@ -96,6 +105,7 @@ def test_mistakes_are_one_line(arguments, says, capsys):
     ("arguments", "says"),
     [
         (["cache", "--prompts", "128,many"], "argument --prompts: 'many' is no whole number from 0"),
+        (["codecs", "--vectors", "0"], "argument --vectors: '0' is no whole number from 1"),
         (["cache", "--chunk", "0"], "argument --chunk: '0' is no whole number from 1"),
         (["cache", "--tokens", "0"], "argument --tokens: '0' is no whole number from 1"),
     ],

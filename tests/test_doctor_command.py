@@ -11,15 +11,18 @@ import pytest
 import metal_sim
 from mlx_rotor import RotorError, bundled, codec, doctor
 from mlx_rotor.cli.command import run
-from mlx_rotor.diagnose import expert_check, expert_speed, kernel_check, kernel_plan, kernel_speed
+from mlx_rotor.diagnose import attention_check, attention_speed, expert_check, expert_speed
+from mlx_rotor.diagnose.attention_check import AttentionCheck
 from mlx_rotor.diagnose.expert_check import ExpertCheck
 from mlx_rotor.diagnose.expert_speed import ExpertTiming
-from mlx_rotor.diagnose.kernel_plan import Check
 from mlx_rotor.experts import formats as weights
 from mlx_rotor.host import versions
 from mlx_rotor.kernels import check_results, metal
 
-CHECKS = [Check("encode", "turbo4", "turbo4", 64, mx.float16), Check("rotate", "turbo4", "turbo4", 64, mx.float16)]
+CHECKS = [
+    AttentionCheck("encode", "turbo4", "turbo4", 64, mx.float16),
+    AttentionCheck("rotate", "turbo4", "turbo4", 64, mx.float16),
+]
 EXPERTS = [ExpertCheck("route, mixtral", None, mx.float16), ExpertCheck("down, 1 row", ("lloyd", 3, 64), mx.bfloat16)]
 KEY = "affine4:64+affine4:64+affine4:64 2048x768"
 simulated = pytest.mark.skipif(not metal_sim.SUPPORTED, reason=metal_sim.UNSUPPORTED)
@@ -41,15 +44,15 @@ def place(tmp_path, monkeypatch):
 def metal_backend(monkeypatch):
     """Few and small checks and timings, with kernels of the simulator; returns what sets another maker."""
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "metal")
-    monkeypatch.setattr(kernel_plan, "quick", lambda: CHECKS)
-    monkeypatch.setattr(kernel_check, "Size", functools.partial(kernel_check.Size, encoded=40))
+    monkeypatch.setattr(attention_check, "quick", lambda: CHECKS)
+    monkeypatch.setattr(attention_check, "Size", functools.partial(attention_check.Size, encoded=40))
     # The simulator is a million times slower than what this times; its own test measures.
-    monkeypatch.setattr(kernel_speed, "cells", lambda: [("turbo4v2", 32, 1024), ("turbo4v2", 32, 2048)])
-    monkeypatch.setattr(kernel_speed, "measure", timing)
+    monkeypatch.setattr(attention_speed, "cells", lambda: [("turbo4v2", 32, 1024), ("turbo4v2", 32, 2048)])
+    monkeypatch.setattr(attention_speed, "measure_attention", timing)
     monkeypatch.setattr(expert_check, "quick", lambda: EXPERTS)
     monkeypatch.setattr(expert_check, "Size", functools.partial(expert_check.Size, rows=32, columns=128))
     monkeypatch.setattr(expert_speed, "cells", lambda: [(expert_speed.MODELS[1], ())])
-    monkeypatch.setattr(expert_speed, "measure", expert_timings)
+    monkeypatch.setattr(expert_speed, "measure_experts", expert_timings)
     metal.use_maker(metal_sim.Kernel)
     yield metal.use_maker
     metal.use_maker(None)
@@ -57,8 +60,8 @@ def metal_backend(monkeypatch):
 
 def timing(scheme, heads, tokens):
     if tokens > 1024:
-        return kernel_speed.Timing(scheme, heads, tokens, skipped="needs 9 GB, 1 GB free")
-    return kernel_speed.Timing(scheme, heads, tokens, 3.0, 2.0)
+        return attention_speed.AttentionTiming(scheme, heads, tokens, skipped="needs 9 GB, 1 GB free")
+    return attention_speed.AttentionTiming(scheme, heads, tokens, 3.0, 2.0)
 
 
 def expert_timings(model, triple):
@@ -131,7 +134,7 @@ def test_what_is_wrong_is_said_and_sets_the_status(break_it, says, capsys, monke
 def test_kernels_that_pass(metal_backend, capsys, place):
     assert run(doctor.main, ["--kernels"]) == 0
     captured = capsys.readouterr()
-    every = len(kernel_plan.every()) + len(expert_check.every())
+    every = len(attention_check.every()) + len(expert_check.every())
     assert f"4 of {every} kernels checked (--thorough: all)" in captured.out
     assert (
         "| encode         | 1/1 " in captured.out

@@ -16,6 +16,7 @@ import pytest
 import small_checkpoint
 from mlx_rotor.cli import command, quantize_flags
 from mlx_rotor.quant.job import start
+from mlx_rotor.tables import size as size_of
 
 quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 
@@ -86,7 +87,7 @@ def test_files_have_the_size_that_was_asked_for(small, tmp_path, capsys, flags):
     budget = made(tmp_path / "out")["budget"]
     assert budget["bytes"] == target and budget["sensitivities"]["source"] == "prior"
     assert re.fullmatch("[0-9a-f]{64}", budget["sensitivities"]["sha256"])
-    assert f"solved  for files of {target:,} bytes, by the prior" in capsys.readouterr().out
+    assert f"solved  for files of {size_of(target)}, by the prior" in capsys.readouterr().out
 
 
 def test_the_room_of_a_mac(capsys):
@@ -269,11 +270,13 @@ def test_workers_are_what_was_asked_for(small, tmp_path, monkeypatch):
     assert counts == [1, 3] and contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-def test_a_dry_run_looks_at_the_folder(small, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_looks_at_the_folder_and_needs_no_disk(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "note").write_text("mine")
     assert run("--model", small, "--dry-run", "--out", tmp_path) == 1
     assert "is not empty" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert run("--model", small, "--dry-run", "--out", tmp_path / "out") == 1
-    assert "not enough disk for --out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run("--model", small, "--dry-run", "--out", tmp_path / "out") == 0
+    assert "output" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert run("--model", small, "--out", tmp_path / "out") == 1
+    assert "not enough disk for --out" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import threading
 
 from mlx_rotor.cli import command, quantize_output
 from mlx_rotor.cli.quantize_output import Bars
-from mlx_rotor.quant.job.workers import Event
+from mlx_rotor.quant.events import Event
 
 quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
 

@@ -131,7 +131,7 @@ class _Lane:
         self._settle(out)
 
 
-def measure(schemes: Sequence[Scheme], backend: str, tokens: int, cycles: int = 8) -> list[Overhead]:
+def measure_cache_overhead(schemes: Sequence[Scheme], backend: str, tokens: int, cycles: int = 8) -> list[Overhead]:
     """Each scheme's overhead on `backend`, with the stock cache's from the same run. Times are this machine's."""
     keys = [mx.random.key(i) for i in range(3)]
     rows = {

@@ -58,7 +58,7 @@ def vectors(count: int, dim: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
 
 
-def measure(name: str, dim: int = DIM, count: int = VECTORS, seed: int = SEED) -> Distortion:
+def measure_distortion(name: str, dim: int = DIM, count: int = VECTORS, seed: int = SEED) -> Distortion:
     """Encodes and decodes `count` vectors. Raises RotorError for a codec that doesn't exist or take the dimension."""
     chosen, plain, queries = codec.get(name, dim), vectors(count, dim, seed), vectors(64, dim, seed + 1)
     packed = chosen.encode(mx.array(plain))
@@ -77,7 +77,7 @@ def measure_all(
     """Every codec's distortion, or (its name, why it takes no vectors of `dim`)."""
     for name in names:
         try:
-            yield measure(name, dim, count, seed)
+            yield measure_distortion(name, dim, count, seed)
         except RotorError as e:
             yield name, str(e)
 

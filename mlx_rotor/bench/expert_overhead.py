@@ -66,7 +66,7 @@ class ExpertOverhead:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def measure(rounds: int = 400) -> list[ExpertOverhead]:
+def measure_expert_overhead(rounds: int = 400) -> list[ExpertOverhead]:
     """A block of each model in BLOCKS, and a matrix of ours beside MLX's of as many bits. Times are this machine's."""
     with launching("metal") as launches:
         found = [_compared(f"{name}'s experts", *_blocks(name), launches, rounds) for name in BLOCKS]

@@ -72,7 +72,7 @@ class LayerError:
         return {k: v for k, v in asdict(self).items() if k != "spec"} | self.spec.as_config()
 
 
-def measure(
+def measure_fits(
     specs: Sequence[Spec] = SPECS, fits: Sequence[str] = FITS, shape: tuple[int, int] = SHAPE, rounds: int = ROUNDS
 ) -> Iterator[FitCost]:
     """Every fit of every spec, spec by spec."""

@@ -24,10 +24,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RotorError
+from ..quant import Recipe, quantize
 from ..quant.calibrate import Calibration
 from ..quant.calibrate.calibration import CHUNK
 from ..quant.calibrate.text import LENGTH
-from ..quant.job import quantize
 from ..quant.job.workers import usual
 from ..quant.plan import Plan, read_config
 from ..quant.policy import Policy, parse
@@ -107,7 +107,7 @@ def policy() -> Policy:
     return parse(POLICY, "config-i-middle")
 
 
-def measure(where: Path, dimensions: str = "minimax", fits: Sequence[str] = ("fast",), workers: int = 0) -> Speed:
+def measure_job(where: Path, dimensions: str = "minimax", fits: Sequence[str] = ("fast",), workers: int = 0) -> Speed:
     """Makes the checkpoint in `where` / "source" unless it is there, and runs the loop and a job for each of `fits`.
 
     `workers` 0: as many as a job has by itself; a job with one worker is measured too. Outputs are deleted.
@@ -194,7 +194,7 @@ def _job() -> None:
     mx.set_default_device(getattr(mx, device))
     count = int(workers) or usual()
     started = time.monotonic()
-    quantize(source, out, policy(), fit=fit, workers=count)
+    quantize(source, out, Recipe(policy(), fit=fit), workers=count)
     _say(started, count)
 
 
@@ -219,7 +219,7 @@ def _calibrated() -> None:
         return Calibration(read_config(checkpoint.folder), checkpoint, plan, text, folder, progress=seen)
 
     started = time.monotonic()
-    quantize(source, out, policy(), fit=fit, guide=guide, workers=count)
+    quantize(source, out, Recipe(policy(), fit=fit), guide=guide, workers=count)
     _say(started, count, peak, work)
 
 

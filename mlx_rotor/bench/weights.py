@@ -12,20 +12,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..errors import RotorError
 from ..files import write_text
 from ..quality.card import percent, pm
-from ..quality.evaluation import Row, compared, row_of
+from ..quality.evaluation import CheckpointRow, compare_policies, row_from_dict
 from ..quality.machine import machine
 from ..quality.plot import SETTINGS, available
 from ..quality.record import LOOSE
 from ..quality.sample import Domain, Size
-from ..quality.streamed import Streamed
+from ..quality.streamed import SourceReference
+from ..quant import Recipe, dry_run
 from ..quant import policy as policies
-from ..quant.budget import TooSmall, file_bytes
-from ..quant.job import dry_run
-from ..quant.recipe import BUNDLED, Recipe
-from ..quant.spec import Budget
+from ..quant.budget import TooSmall
+from ..quant.shards import file_bytes
+from ..quant.source import open_folder
+from ..quant.spec import BUNDLED, Budget
 
 FORMAT, VERSION = "mlx_rotor weight quality", 1
 SOLVED = "rotor"
@@ -53,7 +55,7 @@ class Way:
             recipe = replace(recipe, calibration=BUNDLED)
         if not self.size_of:
             return recipe
-        other, _ = dry_run(source, policies.load(self.size_of))
+        other, _ = dry_run(source, Recipe(policies.load(self.size_of)))
         recipe = replace(recipe, budget=Budget(nbytes=file_bytes(other, recipe.shard_bytes)))
         return replace(recipe, sensitivities=sensitivities) if self.method == CALIBRATED else recipe
 
@@ -66,7 +68,7 @@ class Table:
     texts: dict[str, str]
     size: tuple[int, int]
     machine: dict[str, str]
-    rows: dict[Way, Row]
+    rows: dict[Way, CheckpointRow]
 
     def facts(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -85,7 +87,7 @@ def read(path: Path) -> Table:
         data = json.loads(path.read_text("utf-8"))
         if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
             raise ValueError("another format or version")
-        rows = {Way(**item["way"]): row_of(item["row"]) for item in data.pop("rows")}
+        rows = {Way(**item["way"]): row_from_dict(item["row"]) for item in data.pop("rows")}
         return Table(**{**data, "size": tuple(data["size"])}, rows=rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise RotorError(f"{path}: not a file of weight quality ({e}); give another, or delete it") from e
@@ -96,7 +98,7 @@ def ways(listed: Sequence[str], methods: Sequence[str] = METHODS, solved: str = 
     return [Way(*w) for p in listed for m in methods for w in ((p, m), (solved, m, p)) if w[0]]
 
 
-def measure(
+def measure_policies(
     source: str | Path,
     wanted: Iterable[Way],
     texts: Sequence[Domain],
@@ -110,7 +112,7 @@ def measure(
     Returns the table, and a line for every way that can't be gone: a size below what the policy's floors allow.
 
     Raises:
-        RotorError: a file of other texts, another size or another machine's versions; and as `compared`.
+        RotorError: a file of other texts, another size or another machine's versions; and as `compare_policies`.
     """
     fresh = Table(
         Path(source).resolve().name, {t.name: t.digest for t in texts}, (size.windows, size.window), machine(), {}
@@ -130,16 +132,16 @@ def measure(
             left.append(way)
     if not left:
         return table, impossible
-    with Streamed(source, texts, size, progress=progress) as streamed:
+    with SourceReference(source, texts, size, progress=progress) as reference:
         for way in left:
             recipe = way.recipe(source, file.with_suffix(".sensitivities.json"))
             try:
-                plan, _ = dry_run(source, recipe.plan(source, progress))
+                plan = recipe.resolve(open_folder(source), progress)
             except TooSmall as e:
                 impossible.append(f"{way.name}, {way.method}: {e}")
                 row_done()
                 continue
-            (row,) = compared(streamed, [plan], fit=recipe.fit, guide=recipe.guide(progress))
+            (row,) = compare_policies(reference, [plan], fit=recipe.fit, guide=recipe.guide(progress))
             table.rows[way] = replace(row, name=way.name, nbytes=file_bytes(plan, recipe.shard_bytes))
             table.write(file)
             row_done()
@@ -162,15 +164,15 @@ def markdown(table: Table) -> str:
         f"- MB: weight files with headers. {m['machine']} ({m['device']}), mlx {m['mlx']}, mlx-lm {m['mlx_lm']},"
         f" mlx_rotor {m['mlx_rotor']}, Python {m['python']}, {m['date']}.",
     )
-    return "\n".join([*_divergences(table), "", *_everything(table), "", *notes]) + "\n"
+    return "\n".join([_divergences(table), "", _everything(table), "", *notes]) + "\n"
 
 
-def _divergences(table: Table) -> list[str]:
+def _divergences(table: Table) -> str:
     """A line for each policy and size, a column for each text and method."""
     methods = [m for m in METHODS if any(way.method == m for way in table.rows)]
     head = ["policy", "MB", "bits a weight", *(f"KL, {name}: {m}" for name in table.texts for m in methods)]
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    by_name: dict[str, dict[str, Row]] = {}
+    lines = []
+    by_name: dict[str, dict[str, CheckpointRow]] = {}
     for way, row in _ordered(table):
         by_name.setdefault(row.name, {})[way.method] = row
     for name, rows in by_name.items():
@@ -178,28 +180,28 @@ def _divergences(table: Table) -> list[str]:
         cells = [name, f"{first.nbytes / 1e6:.2f}", f"{first.bits_per_weight:.2f}"]
         for nth in range(len(table.texts)):
             cells += [pm(rows[m].quality[nth].divergence.mean) if m in rows else "" for m in methods]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.markdown(head, lines, padded=False)
 
 
-def _everything(table: Table) -> list[str]:
+def _everything(table: Table) -> str:
     names = list(table.texts)
     head = ["policy", "fit", "bytes"]
     head += [f"{what}, {name}" for name in names for what in ("KL", "same top-1", "perplexity")]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    lines = []
     for way, row in _ordered(table):
         cells = [row.name, way.method, f"{row.nbytes:,}"]
         for q in row.quality:
             cells += [pm(q.divergence.mean), percent(q.divergence.agreement), percent(q.change)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.markdown(head, lines, left=(0, 1), padded=False)
 
 
-def _ordered(table: Table) -> list[tuple[Way, Row]]:
+def _ordered(table: Table) -> list[tuple[Way, CheckpointRow]]:
     """By size, the listed policy before what is solved for its size, then by method."""
     sizes = {way.policy: row.nbytes for way, row in table.rows.items() if not way.size_of}
 
-    def key(item: tuple[Way, Row]) -> tuple[int, bool, int]:
+    def key(item: tuple[Way, CheckpointRow]) -> tuple[int, bool, int]:
         way, row = item
         return sizes.get(way.size_of or way.policy, row.nbytes), bool(way.size_of), METHODS.index(way.method)
 

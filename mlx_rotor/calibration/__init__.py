@@ -15,7 +15,7 @@ from ..cache import scheme_file
 from ..cache.scheme_file import Sidecar
 from ..errors import RotorError
 from ..quality.machine import machine
-from ..quality.model import Subject, Target
+from ..quality.model import EvaluatedModel, NamedModel
 from ..quality.sample import draw_between, encode, opening
 from . import maxima
 from .search import Found, Search
@@ -38,7 +38,7 @@ class Reading:
             if getattr(self, name) < low:
                 raise RotorError(f"--{name} {getattr(self, name)}: must be at least {low}")
 
-    def draw(self, subject: Subject) -> np.ndarray:
+    def draw(self, subject: EvaluatedModel) -> np.ndarray:
         """int [windows, window]. Raises RotorError if text or context is too short."""
         if subject.context is not None and self.window > subject.context:
             raise RotorError(f"{self.window} tokens are more than the model's context of {subject.context}")
@@ -66,7 +66,7 @@ def fp8(file: Path, model: str | None, reading: Reading, progress: bool = False)
     Raises:
         RotorError: and leaves no file.
     """
-    subject = Subject(Target.parse(model))
+    subject = EvaluatedModel(NamedModel.parse(model))
     windows = reading.draw(subject)
     with _bar(progress) as bar:
         bar.reset(windows.size)
@@ -89,7 +89,7 @@ def bits(
     Raises:
         RotorError: and leaves no file; see `Search`.
     """
-    subject = Subject(Target.parse(model))
+    subject = EvaluatedModel(NamedModel.parse(model))
     windows = reading.draw(subject)
     with _bar(progress) as bar:
         search = Search(subject, windows, reading.chunk, list(dict.fromkeys(candidates)), bar.update)

@@ -12,7 +12,7 @@ from ..cache import RotorCache, scheme_file
 from ..cache.scheme_file import Sidecar
 from ..errors import RotorError
 from ..host.slots import slots
-from ..quality.model import Subject, chunks
+from ..quality.model import EvaluatedModel, chunks
 
 
 def compressed(caches: Sequence[Any]) -> list[int]:
@@ -34,7 +34,7 @@ def model_of(caches: Sequence[Any]) -> str:
 
 
 def maxima(
-    subject: Subject, windows: np.ndarray, chunk: int, advance: Callable[[int], Any] = lambda n: None
+    subject: EvaluatedModel, windows: np.ndarray, chunk: int, advance: Callable[[int], Any] = lambda n: None
 ) -> list[tuple[float, float]]:
     """Largest absolute K (after RoPE) and V of every layer that a scheme compresses, with exact caches.
 
@@ -59,5 +59,5 @@ def maxima(
     return largest
 
 
-def fp8_scheme(subject: Subject, largest: Sequence[tuple[float, float]], made: dict[str, Any]) -> Sidecar:
+def fp8_scheme(subject: EvaluatedModel, largest: Sequence[tuple[float, float]], made: dict[str, Any]) -> Sidecar:
     return scheme_file.scheme(largest, made, model_of(subject.new_cache("fp8")))

@@ -1,7 +1,8 @@
-"""A codec for K and one for V of every layer: what each alone does to the model's predictions, and the best allotment.
+"""The best codecs for K and V of every layer at a number of bits, by what each alone does to a model's predictions.
 
 Every (layer, side, codec) is measured with all else exact, the layer's other side included, and nothing protected. The
-costs are added up as if they did not meet, which holds while they are small; the chosen scheme is measured as a whole.
+costs are summed as if they were independent, which holds while they are small; the chosen scheme is then measured as a
+whole.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ..errors import RotorError
 from ..host.attachment import layer_cache
 from ..quality.footprint import packed_side
 from ..quality.metrics import token_kl
-from ..quality.model import Cache, Subject, chunks, log_probabilities
-from .allotment import Option, allot
+from ..quality.model import Cache, EvaluatedModel, chunks, log_probabilities
+from ..quant.budget.knapsack import Option, choose
 from .maxima import compressed, model_of
 
 BLOCK = 32
@@ -90,7 +91,7 @@ class Search:
     """Measures `windows` (int [windows, tokens]) with nothing protected, `chunk` tokens at a time."""
 
     def __init__(
-        self, subject: Subject, windows: np.ndarray, chunk: int, candidates: Sequence[str], advance: Advance
+        self, subject: EvaluatedModel, windows: np.ndarray, chunk: int, candidates: Sequence[str], advance: Advance
     ) -> None:
         if not candidates:
             raise RotorError("--candidates: name at least one codec")
@@ -183,10 +184,11 @@ class Search:
             )
         self.kl(lambda: self.subject.new_cache("exact"))
         costs = {(i, s, c): self.alone(i, s, c) for i in self.layers for s in SIDES for c in self.bits_of}
-        groups = [self._options(i, costs) for i in self.layers]
+        pairs = [(k, v) for k in self.bits_of for v in self.bits_of if self.bits_of[k] >= self.bits_of[v]]
+        groups = [[_option(costs[i, "k", k], costs[i, "v", v]) for k, v in pairs] for i in self.layers]
         elements = sum(costs[i, s, next(iter(self.bits_of))].elements for i in self.layers for s in SIDES)
-        options = allot(groups, int(target / 8 * elements * UNITS + 1e-6))
-        chosen = tuple(o.choice for o in options)
+        taken = choose(groups, int(target / 8 * elements * UNITS + 1e-6))
+        options, chosen = [group[n] for group, n in zip(groups, taken, strict=True)], tuple(pairs[n] for n in taken)
         measured = self.together(chosen)
         bits = 8 * sum(o.size for o in options) / UNITS / elements
         predicted = sum(o.cost for o in options)
@@ -194,11 +196,6 @@ class Search:
         scheme = Sidecar(name, chosen, model=self.model, made=made)
         return Found(scheme, bits, predicted, measured, {key: side.kl for key, side in costs.items()})
 
-    def _options(self, layer: int, costs: dict[tuple[int, str, str], _Side]) -> list[Option]:
-        out = []
-        for k in self.bits_of:
-            for v in self.bits_of:
-                if self.bits_of[k] >= self.bits_of[v]:
-                    a, b = costs[layer, "k", k], costs[layer, "v", v]
-                    out.append(Option((k, v), round((a.stored + b.stored) * UNITS), a.kl + b.kl))
-        return out
+
+def _option(k: _Side, v: _Side) -> Option:
+    return Option(round((k.stored + v.stored) * UNITS), k.kl + v.kl)

@@ -66,17 +66,6 @@ def parsed(read: Callable[[str], T]) -> Callable[[str], T]:
     return parse
 
 
-def with_unit(read: Callable[[str], int]) -> Callable[[str], int]:
-    """An argument's type for sizes in bytes: as `read`, which raises RotorError, but refused without a unit."""
-
-    def size(value: str) -> int:
-        if re.fullmatch(r"[\d.]+", value.strip()):
-            raise RotorError(f"{value!r} has no unit: write {value.strip()}GB (1e9 bytes each), or MB")
-        return read(value)
-
-    return parsed(size)
-
-
 def whole(value: str, low: int = 0) -> int:
     """An argument's type: a whole number from `low`."""
     if not value.strip().isdecimal() or int(value) < low:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bench import expert_overhead
+from ..tables import text
+
+if TYPE_CHECKING:
+    from ..bench.expert_overhead import ExpertOverhead
 
 
 def add(parts: Any) -> None:
@@ -21,18 +24,22 @@ def add(parts: Any) -> None:
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
-    rows = expert_overhead.measure()
+    from ..bench import expert_overhead
+
+    rows = expert_overhead.measure_expert_overhead()
     if not args.json:
         _show_overhead(rows)
     return {"overhead": [row.to_dict() for row in rows]}
 
 
-def _show_overhead(rows: Sequence[expert_overhead.ExpertOverhead]) -> None:
-    print(f"{'graph of a token':<20}{'µs':>8}{'stock':>8}{'ratio':>8}{'nodes':>8}{'stock':>7}{'launches':>10}")
+def _show_overhead(rows: Sequence[ExpertOverhead]) -> None:
+    titles = ["graph of a token", "µs", "stock", "ratio", "nodes", "stock", "launches"]
+    cells = []
     for r in rows:
-        print(f"{r.what:<20}{r.microseconds:>8.1f}{r.stock_microseconds:>8.1f}{r.ratio:>8.2f}", end="")
-        print(f"{r.nodes:>8}{r.stock_nodes:>7}{r.launches:>10}")
+        times = [f"{r.microseconds:.1f}", f"{r.stock_microseconds:.1f}", f"{r.ratio:.2f}"]
+        cells.append([r.what, *times, str(r.nodes), str(r.stock_nodes), str(r.launches)])
+    print(text(titles, cells))
     print(
-        "\nPython's time for a block's router and experts, and for one matrix, nothing evaluated in it. Kernels are\n"
-        "stand-ins that make lazy outputs: MLX's own call, some microseconds a launch, is not in it."
+        "\nPython's time for a block's router and experts, and for one matrix. Nothing is evaluated in it. Kernels\n"
+        "are stand-ins that make lazy outputs, without MLX's own call of some microseconds a launch."
     )

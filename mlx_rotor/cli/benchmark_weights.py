@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .. import bundled
 from ..errors import RotorError
 from ..files import write_text
+from ..tables import text
 from .arguments import positive
 from .command import check_writable
 
@@ -65,7 +66,7 @@ def add(parts: Any) -> None:
 def _fit(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench import fits as fit_cost
 
-    costs, layers = list(fit_cost.measure()), list(fit_cost.measure_layers())
+    costs, layers = list(fit_cost.measure_fits()), list(fit_cost.measure_layers())
     if not args.json:
         print("\n".join(fit_cost.lines(costs, layers)))
     return {"fits": [c.to_dict() for c in costs], "layers": [x.to_dict() for x in layers]}
@@ -89,7 +90,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
             if not args.json:
                 _print_calibrated(rows)
             return {"dimensions": args.dimensions, "calibrated": [asdict(row) for row in rows]}
-        speed = jobs.measure(Path(where), args.dimensions, fits, args.workers)
+        speed = jobs.measure_job(Path(where), args.dimensions, fits, args.workers)
     if not args.json:
         _print_speed(speed)
     return jobs.facts(speed)
@@ -112,7 +113,7 @@ def _weights(args: argparse.Namespace) -> dict[str, Any]:
         def told(what: str, done: int, total: int) -> None:
             bar.set_description(f"{what}, {done} of {total}")
 
-        table, impossible = weights.measure(
+        table, impossible = weights.measure_policies(
             args.model, wanted, bundled(), size, args.json_out, told, lambda: bar.update()
         )
     if args.plot:
@@ -124,10 +125,14 @@ def _weights(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_speed(speed: Speed) -> None:
-    print(f"{'run':<24}{'MB/s':>8}{'of bare':>9}{'seconds':>9}{'CPU s':>8}{'of bare':>9}{'peak MB':>9}")
+    titles = ["run", "MB/s", "of bare", "seconds", "CPU s", "of bare", "peak MB"]
+    cells = []
     for row in (speed.bare, *speed.jobs):
-        print(f"{row.what:<24}{row.mb_per_second:>8.1f}{speed.ratio(row):>8.0%} {row.seconds:>9.1f}", end="")
-        print(f"{row.cpu_seconds:>8.1f}{speed.cpu_ratio(row):>8.0%} {row.peak_bytes / 1e6:>9.0f}")
+        times = [f"{row.mb_per_second:.1f}", f"{speed.ratio(row):.0%}", f"{row.seconds:.1f}"]
+        cells.append(
+            [row.what, *times, f"{row.cpu_seconds:.1f}", f"{speed.cpu_ratio(row):.0%}", f"{row.peak_bytes / 1e6:.0f}"]
+        )
+    print(text(titles, cells))
     print(
         f"\n{speed.source_bytes / 1e9:.2f} GB of FP8 weights, one layer of {speed.dimensions} dimensions. The first row"
         " only reads, dequantizes\nby FP8's factors, calls mx.quantize and writes, expert by expert; jobs do all that"
@@ -137,12 +142,12 @@ def _print_speed(speed: Speed) -> None:
 
 
 def _print_calibrated(rows: Sequence[Calibrated]) -> None:
-    print(
-        f"{'experts':>7}{'chosen':>8}{'tokens':>8}{'seconds':>9}{'CPU s':>8}{'text GB':>9}{'peak GB':>9}{'disk GB':>9}"
-    )
+    titles = ["experts", "chosen", "tokens", "seconds", "CPU s", "text GB", "peak GB", "disk GB"]
+    cells = []
     for row in rows:
-        print(f"{row.experts:>7}{row.chosen:>8}{row.tokens:>8}{row.seconds:>9.1f}{row.cpu_seconds:>8.1f}", end="")
-        print(f"{row.text_peak_bytes / 1e9:>9.2f}{row.peak_bytes / 1e9:>9.2f}{row.work_bytes / 1e9:>9.2f}")
+        counts = [str(row.experts), str(row.chosen), str(row.tokens), f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}"]
+        cells.append([*counts, *(f"{n / 1e9:.2f}" for n in (row.text_peak_bytes, row.peak_bytes, row.work_bytes))])
+    print(text(titles, cells, left=()))
     print(
         "\nA whole calibrated job on one layer, each token to `chosen` of its experts. text: most resident memory while"
         "\nthe text was run; peak: in the whole job. Experts are read one by one, so that their number costs no memory."

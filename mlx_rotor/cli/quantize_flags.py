@@ -5,24 +5,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import bundled
 from ..cache import scheme
 from ..errors import RotorError
-from ..memory import room
-from ..memory.room import Room
+from ..fit import FITS
+from ..memory.sizes import parse_size, ram_size, token_count
 from ..quant import policy as policies
-from ..quant import request
-from ..quant.fit import FITS
-from ..quant.job import SHARD_BYTES
-from ..quant.recipe import BUNDLED, FOLDS, Recipe
-from ..quant.spec import parse_size
-from .arguments import Parser, parsed, positive, with_unit
+from ..quant.spec import BUNDLED, FOLDS
+from .arguments import Parser, parsed, positive
+
+if TYPE_CHECKING:
+    from ..memory.room import Room
+    from ..quant.recipe import Recipe
 
 BASELINES = ("config-i", "jang-k")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All flags. Defaults stand in parentheses."""
     p = Parser(
         prog="mlx_rotor quantize",
@@ -41,27 +42,27 @@ def parser() -> argparse.ArgumentParser:
     )
     bits.add_argument(
         "--target-size",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="solve for weight files of this size, e.g. 86GB",
     )
     bits.add_argument("--target-bpw", type=float, metavar="BITS", help="solve for this many bits a weight, e.g. 3.25")
     bits.add_argument(
         "--memory",
-        type=with_unit(room.ram_size),
+        type=parsed(ram_size),
         metavar="SIZE",
         help="a Mac's RAM, e.g. 128GB: solve for the bits that leave room for --context",
     )
     bits.add_argument(
         "--context",
-        type=parsed(room.token_count),
+        type=parsed(token_count),
         metavar="TOKENS",
         help="with --memory: tokens to have room for (32K)",
     )
     bits.add_argument("--kv", metavar="SCHEME", help=f"with --memory: KV scheme of that room ({scheme.DEFAULT})")
     bits.add_argument(
         "--wired-limit",
-        type=with_unit(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="with --memory: what sysctl iogpu.wired_limit_mb gives the GPU (macOS's default)",
     )
@@ -113,8 +114,7 @@ def parser() -> argparse.ArgumentParser:
     )
     job.add_argument(
         "--shard-size",
-        type=with_unit(parse_size),
-        default=SHARD_BYTES,
+        type=parsed(parse_size),
         help="largest weight file, e.g. 4GB, 500MB (4GB)",
     )
 
@@ -184,11 +184,13 @@ def check_mode(args: argparse.Namespace) -> None:
 
 
 def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
-    """What the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
+    """The recipe that the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
 
     Raises:
         RotorError: flags that contradict each other or would do nothing.
     """
+    from ..quant import request
+
     return request.recipe(
         args.model,
         args.policy,
@@ -206,7 +208,7 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
         imatrix=args.imatrix,
         folds=() if args.fold == ("none",) else args.fold,
         rescale=args.rescale_overflows,
-        shard_bytes=args.shard_size,
+        **({} if args.shard_size is None else {"shard_bytes": args.shard_size}),
     )
 
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from ..experts import standalone
 from ..host.kv_scales import FILE
+from ..quant.events import Event
 from ..quant.job import Result
-from ..quant.job.workers import Event
 from ..quant.plan import Plan, Row, amount
 from ..quant.spec import bits_of
+from ..tables import size, text
 
 EVERY = 30.0  # seconds between lines of a log
 OFTEN = 1.0  # and between JSON lines that only count bytes
@@ -160,24 +161,23 @@ def facts(model: str, plan: Plan, source_bytes: int | None) -> dict[str, Any]:
 
 def plan_table(plan: Plan, source_bytes: int | None) -> str:
     """One line a role and spec, then the sizes."""
-    rows = plan.rows()
-    wide = max(len("layers"), *(len(row.layers) for row in rows))
     lines = [f"policy {plan.policy.name}: {plan.policy.description}"] if plan.policy.description else []
-    cells = [_bits(row) for row in rows]
-    broad = max(5, *map(len, cells))
-    lines.append(
-        f"{'role':<12} {'layers':<{wide}} {'count':>6} {'bits':>{broad}} {'group':>6} {'weights':>16} {'bytes':>16}"
-        "  share"
-    )
-    for row, bits in zip(rows, cells, strict=True):
-        group = row.spec.group_size if row.spec else ""
-        lines.append(
-            f"{row.role:<12} {row.layers:<{wide}} {row.count:>6} {bits:>{broad}} {group:>6} {row.parameters:>16,}"
-            f" {row.nbytes:>16,} {row.nbytes / plan.nbytes:>6.1%}"
-        )
-    lines.append(
-        f"{'total':<12} {'':<{wide}} {'':>6} {'':>{broad}} {'':>6} {plan.parameters:>16,} {plan.nbytes:>16,}\n"
-    )
+    cells = [
+        [
+            row.role,
+            row.layers,
+            str(row.count),
+            _bits(row),
+            str(row.spec.group_size) if row.spec else "",
+            f"{row.parameters:,}",
+            size(row.nbytes),
+            f"{row.nbytes / plan.nbytes:.1%}",
+        ]
+        for row in plan.rows()
+    ]
+    cells.append(["total", "", "", "", "", f"{plan.parameters:,}", size(plan.nbytes), ""])
+    titles = ["role", "layers", "count", "bits", "group", "weights", "size", "share"]
+    lines.append(text(titles, cells, left=(0, 1)) + "\n")
     if source_bytes is not None:
         lines.append(f"source  {amount(source_bytes, plan.parameters)}")
     lines.append(f"output  {plan.total()}")
@@ -185,7 +185,7 @@ def plan_table(plan: Plan, source_bytes: int | None) -> str:
         by = (
             "the prior" if plan.solved.sensitivities == "prior" else f"what was measured on {plan.solved.sensitivities}"
         )
-        lines.append(f"solved  for files of {plan.solved.nbytes:,} bytes, by {by}")
+        lines.append(f"solved  for files of {size(plan.solved.nbytes)}, by {by}")
     return "\n".join(lines)
 
 

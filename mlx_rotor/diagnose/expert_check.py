@@ -14,8 +14,7 @@ from ..kernels import check_results, experts
 from ..kernels.experts import reference
 from ..kernels.experts.routing import Routing, route, route_reference, sorted_partition
 from ..kernels.spec import PackedWeight
-from .kernel_check import ATTEND_TOLERANCE, Found, Outcome, compared, normal, outcome
-from .kernel_plan import DTYPES
+from .checking import DTYPES, KERNEL_TOLERANCE, Found, Outcome, compared, normal, outcome
 
 # What is checked, and the operation that runs it. Rows of more than MAX_ROWS are tiled.
 KINDS = {
@@ -115,7 +114,7 @@ def quick() -> list[ExpertCheck]:
 
 
 def run(check: ExpertCheck, size: Size | None = None) -> Outcome:
-    """One check, as `kernel_check.run`. Raises as it does."""
+    """One check, as `attention_check.run`. Raises as it does."""
     return outcome(check, lambda: CHECKS[check.operation](check, size or Size()))
 
 
@@ -148,7 +147,7 @@ def _gate_up(check: ExpertCheck, size: Size) -> Found:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.gate_up(x.astype(mx.float32), gate, up, indices, activation)
-    return compared(got, want, check.dtype, ATTEND_TOLERANCE)
+    return compared(got, want, check.dtype, KERNEL_TOLERANCE)
 
 
 def _down(check: ExpertCheck, size: Size) -> Found:
@@ -162,7 +161,7 @@ def _down(check: ExpertCheck, size: Size) -> Found:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.down(h.astype(mx.float32), w, indices, weights)
-    return compared(got, want, check.dtype, ATTEND_TOLERANCE)
+    return compared(got, want, check.dtype, KERNEL_TOLERANCE)
 
 
 def _matmul(check: ExpertCheck, size: Size) -> Found:
@@ -175,7 +174,7 @@ def _matmul(check: ExpertCheck, size: Size) -> Found:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.matmul(x.astype(mx.float32), w)
-    return compared(got, want, check.dtype, ATTEND_TOLERANCE)
+    return compared(got, want, check.dtype, KERNEL_TOLERANCE)
 
 
 def _gather(check: ExpertCheck, size: Size) -> Found:
@@ -186,7 +185,7 @@ def _gather(check: ExpertCheck, size: Size) -> Found:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.gather(x.astype(mx.float32), w, indices)
-    return compared(got, want, check.dtype, ATTEND_TOLERANCE)
+    return compared(got, want, check.dtype, KERNEL_TOLERANCE)
 
 
 CHECKS: dict[str, Callable[[ExpertCheck, Size], Found]] = {

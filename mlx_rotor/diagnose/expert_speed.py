@@ -20,7 +20,7 @@ from ..host.skeleton import skeleton
 from ..kernels import check_results
 from ..kernels.check_results import TIMED_ROWS
 from ..kernels.spec import PackedWeight
-from .kernel_speed import SHARE, bounded, memory
+from .timing import SHARE, memory, repeated
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def cells() -> list[tuple[Dims, Triple]]:
     return [(model, triple) for model in MODELS for triple in TRIPLES if _fits(model, triple)]
 
 
-def measure(model: Dims, triple: Triple, room: int | None = None) -> list[ExpertTiming]:
+def measure_experts(model: Dims, triple: Triple, room: int | None = None) -> list[ExpertTiming]:
     """A timing for each number of TIMED_ROWS; `room` in bytes, None: what MLX may take. A kernel that does not run is a
     timing that says so. Graphs are built before the clock starts."""
     room = memory() if room is None else room
@@ -180,7 +180,7 @@ def _milliseconds(model: Dims, rows: int, run: Callable[[mx.array, mx.array, mx.
 
     for _ in range(WARM_UP):
         once()
-    return 1e3 * statistics.median(bounded(once)) / CHAIN
+    return 1e3 * statistics.median(repeated(once)) / CHAIN
 
 
 def _packed(spec: tuple[str, int, int], experts: int, rows: int, columns: int) -> PackedWeight:

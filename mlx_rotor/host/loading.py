@@ -63,6 +63,7 @@ def explained(target: str) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
         why = " ".join(line.strip() for line in str(e).splitlines() if line.strip()) or type(e).__name__
+        why = f"{why} is missing" if isinstance(e, KeyError) else why
         if not Path(target).is_dir():
             why = f"no such folder here, and fetching it from Hugging Face failed ({why})"
         raise RotorError(f"can't load {target}: {why}") from e

@@ -8,7 +8,6 @@ iogpu.wired_limit_mb=N` raises it until the next start.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ GIB = 2**30
 # Activations of a prompt's chunk, growing a layer's cache into a larger buffer, MLX's own buffers. At MiniMax-M2.7's
 # dimensions a chunk of 2048 tokens has 0.4 GB of expert activations and attention's tiles are of that order.
 RESERVE = 2 * GIB
-COUNTS = {"": 1, "K": 2**10, "M": 2**20}
 
 
 @dataclass(frozen=True)
@@ -92,30 +90,6 @@ def missing(found: Room, least: int) -> str:
     limit = -(-need // 2**20)
     raised = f", or sysctl iogpu.wired_limit_mb={limit}" if need < found.ram else ""
     return f"{found.text()}; {_gb(least)} are needed at the least: a Mac with {ram // GIB} GiB or more{raised}"
-
-
-def ram_size(text: str) -> int:
-    """`128GB` -> bytes. RAM is sold in binary units under decimal names: 128 GB, 128 GiB and 128G all are 2**37.
-
-    Raises:
-        RotorError: not such a size.
-    """
-    match = re.fullmatch(r"(\d+)\s*(g|gb|gib)?", text.strip().lower())
-    if match is None or int(match[1]) == 0:
-        raise RotorError(f"{text!r} is no amount of RAM such as 128GB")
-    return int(match[1]) * GIB
-
-
-def token_count(text: str) -> int:
-    """`65536`, `64K` (1024 each), `1M` -> tokens.
-
-    Raises:
-        RotorError: not such a number.
-    """
-    match = re.fullmatch(r"(\d+)\s*([km]?)", text.strip().lower())
-    if match is None or int(match[1]) == 0:
-        raise RotorError(f"{text!r} is no number of tokens such as 65536 or 64K")
-    return int(match[1]) * COUNTS[match[2].upper()]
 
 
 def _gb(nbytes: int) -> str:

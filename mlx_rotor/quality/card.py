@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..cache import DEFAULT
 from ..errors import RotorError
 from ..experts import formats
 from ..files import write_json, write_text
 from ..quant.job.manifest import PROVENANCE
 from ..quant.source import is_repository
-from .evaluation import Evaluation, Row
+from .evaluation import CheckpointRow, Evaluation
 from .metrics import Estimate
 from .streamed import Quality
 
@@ -283,7 +284,7 @@ def _made(folder: Path) -> dict[str, Any]:
     return made
 
 
-def _figures(row: Row, names: Sequence[str]) -> list[str]:
+def _figures(row: CheckpointRow, names: Sequence[str]) -> list[str]:
     known: dict[str, Quality] = {q.domain: q for q in row.quality}
     cells = []
     for name in names:
@@ -296,9 +297,8 @@ def _figures(row: Row, names: Sequence[str]) -> list[str]:
 
 def _table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Markdown. The first row is the head; a table of pairs has an empty one. `numbers`: columns aligned right."""
-    rows = [("", ""), *rows] if len(rows[0]) == 2 else rows
-    rule = ["---:" if i in numbers else "---" for i in range(len(rows[0]))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    head, *rest = [("", ""), *rows] if len(rows[0]) == 2 else rows
+    return tables.markdown(head, rest, left=set(range(len(head))) - set(numbers), padded=False)
 
 
 def _solved(budget: Mapping[str, Any]) -> str:

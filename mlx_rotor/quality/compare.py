@@ -18,13 +18,13 @@ from ..bundled import held_out_text
 from ..cache import DEFAULT, EXACT
 from ..errors import RotorError
 from . import greedy, record, score
-from .footprint import Caches
+from .footprint import MeasuredCaches
 from .machine import machine
 from .metrics import change, perplexity
-from .model import Subject, Target, fingerprint
-from .report import Basis, Report, Row
+from .model import EvaluatedModel, NamedModel, fingerprint
+from .report import ComparisonRow, Conditions, Report
 from .sample import QUICK, Sample, Size, draw, encode
-from .score import Reference, Spool
+from .score import LogProbFile, Reference
 
 
 def compare(
@@ -59,16 +59,19 @@ def compare(
         RotorError: unknown model or scheme, a sample that doesn't fit text or model, models that don't share a
             tokenizer, a disk too small, a file whose rows rest on something else.
     """
-    targets = unique([Target.parse(m) for m in models])
+    targets = unique([NamedModel.parse(m) for m in models])
     schemes = list(dict.fromkeys(kv))
     if not targets or not schemes:
         raise RotorError("nothing to evaluate: give at least one model and one KV scheme")
-    first = targets[0] if against is None else Target.parse(against)
+    first = targets[0] if against is None else NamedModel.parse(against)
     if text is None:
         text, text_name = held_out_text(), "bundled held-out text"
     every = 1 if sys.stderr.isatty() else 30
-    with tqdm(unit="tok", disable=not progress, smoothing=0.05, delay=1, mininterval=every) as bar, Spool() as spool:
-        job = _Job(first, targets, schemes, text, text_name, size, dict(protection or {}), file, bar, spool)
+    with (
+        tqdm(unit="tok", disable=not progress, smoothing=0.05, delay=1, mininterval=every) as bar,
+        LogProbFile() as log_probs,
+    ):
+        job = _Job(first, targets, schemes, text, text_name, size, dict(protection or {}), file, bar, log_probs)
         for target in job.order():
             job.evaluate(target)
             gc.collect()
@@ -76,13 +79,13 @@ def compare(
         return job.report()
 
 
-def unique(targets: Sequence[Target]) -> list[Target]:
+def unique(targets: Sequence[NamedModel]) -> list[NamedModel]:
     """Each model once; where different models share a label, their paths are the labels."""
-    once: dict[str, Target] = {}
+    once: dict[str, NamedModel] = {}
     for target in targets:
         once.setdefault(target.path, target)
     labels = [t.label for t in once.values()]
-    return [t if labels.count(t.label) == 1 else Target(t.path, t.path) for t in once.values()]
+    return [t if labels.count(t.label) == 1 else NamedModel(t.path, t.path) for t in once.values()]
 
 
 class _Job:
@@ -90,8 +93,8 @@ class _Job:
 
     def __init__(
         self,
-        first: Target,
-        targets: list[Target],
+        first: NamedModel,
+        targets: list[NamedModel],
         schemes: list[str],
         text: str,
         text_name: str,
@@ -99,49 +102,49 @@ class _Job:
         protection: dict[str, int],
         file: Path | None,
         bar: tqdm,
-        spool: Spool,
+        log_probs: LogProbFile,
     ) -> None:
         self.start = time.perf_counter()
         self.first, self.targets, self.schemes = first, targets, schemes
         self.text, self.text_name, self.size, self.protection = text, text_name, size, protection
-        self.file, self.bar, self.spool = file, bar, spool
+        self.file, self.bar, self.log_probs = file, bar, log_probs
         self.sample: Sample | None = None
         self.reference: Reference | None = None
         self.weights = ""
         # One that can't be read ends the job here.
         self.found = record.read(file) if file is not None and file.exists() else None
         self.prints = {(t.where, s): fingerprint(t, s) for t in targets for s in schemes}
-        self.rows: dict[tuple[str, str], Row] = {}
+        self.rows: dict[tuple[str, str], ComparisonRow] = {}
         for row in self.found.rows if self.found else ():
             if self.prints.get((row.path, row.kv)) == row.fingerprint:
                 label = next(t.label for t in targets if t.where == row.path)
                 self.rows[row.path, row.kv] = dataclasses.replace(row, label=label)
 
-    def order(self) -> list[Target]:
+    def order(self) -> list[NamedModel]:
         """The reference first: everything else is compared with it. Then models with rows to measure."""
         return [self.first, *(t for t in self.targets if t.path != self.first.path and self.schemes_of(t))]
 
-    def schemes_of(self, target: Target) -> list[str]:
+    def schemes_of(self, target: NamedModel) -> list[str]:
         """Those to measure; none for a reference that isn't itself evaluated. Exact first: it may be the reference."""
         if target.path not in {t.path for t in self.targets}:
             return []
         return sorted((s for s in self.schemes if (target.where, s) not in self.rows), key=lambda s: s != EXACT)
 
-    def evaluate(self, target: Target) -> None:
+    def evaluate(self, target: NamedModel) -> None:
         """Loads a model and measures its rows; the model is free again afterwards."""
         self.say(f"{target.label}: loading")
-        subject = Subject(target)
+        evaluated = EvaluatedModel(target)
         schemes = self.schemes_of(target)
-        caches = {s: Caches(subject, s, {} if s == EXACT else self.protection) for s in schemes}
+        caches = {s: MeasuredCaches(evaluated, s, {} if s == EXACT else self.protection) for s in schemes}
         for made in caches.values():
             made.new()  # an unknown scheme ends the job here, before a model has run
-        sample = self.same_sample(subject)
+        sample = self.same_sample(evaluated)
         if self.reference is None and EXACT not in schemes and any(self.schemes_of(t) for t in self.targets):
             self.say(f"{target.label}: reference")
-            self.open_reference(subject, sample, Caches(subject, EXACT, {}))
+            self.open_reference(evaluated, sample, MeasuredCaches(evaluated, EXACT, {}))
         for scheme in schemes:
             self.say(f"{target.label}, {scheme}")
-            self.rows[target.where, scheme] = self.row(subject, sample, scheme, caches[scheme])
+            self.rows[target.where, scheme] = self.row(evaluated, sample, scheme, caches[scheme])
             if self.file is not None:
                 record.write(self.file, self.report(others=True))
 
@@ -149,44 +152,44 @@ class _Job:
         # Not drawn before the sample is: most mistakes show until then, and get a line of their own.
         self.bar.set_description(what, refresh=self.sample is not None)
 
-    def same_sample(self, subject: Subject) -> Sample:
+    def same_sample(self, evaluated: EvaluatedModel) -> Sample:
         if self.sample is None:
-            self.sample = draw(subject.tokenizer, self.text, self.size, subject.context)
+            self.sample = draw(evaluated.tokenizer, self.text, self.size, evaluated.context)
             if self.file is not None and self.found is not None:
-                record.same_basis(self.file, self.found, self.basis(), machine())
+                record.check_conditions(self.file, self.found, self.conditions(), machine())
             work = score.row_tokens(self.sample) * sum(len(self.schemes_of(t)) for t in self.targets)
-            extra = 0 if EXACT in self.schemes_of(subject.target) else score.reference_tokens(self.sample)
+            extra = 0 if EXACT in self.schemes_of(evaluated.target) else score.reference_tokens(self.sample)
             self.bar.reset(work + extra if work else 0)
-        elif encode(subject.tokenizer, self.text) != self.sample.tokens:
+        elif encode(evaluated.tokenizer, self.text) != self.sample.tokens:
             raise RotorError(
-                f"{subject.target.label} and {self.first.label} tokenize the text differently: their distributions "
+                f"{evaluated.target.label} and {self.first.label} tokenize the text differently: their distributions "
                 "can't be compared; evaluate them separately"
             )
         return self.sample
 
-    def open_reference(self, subject: Subject, sample: Sample, caches: Caches) -> Reference:
-        self.weights = subject.weights
+    def open_reference(self, evaluated: EvaluatedModel, sample: Sample, caches: MeasuredCaches) -> Reference:
+        self.weights = evaluated.weights
         self.reference = score.read_reference(
-            subject.model, caches, sample, self.size.chunk, self.spool, self.bar.update
+            evaluated.model, caches, sample, self.size.chunk, self.log_probs, self.bar.update
         )
         return self.reference
 
-    def row(self, subject: Subject, sample: Sample, scheme: str, caches: Caches) -> Row:
+    def row(self, evaluated: EvaluatedModel, sample: Sample, scheme: str, caches: MeasuredCaches) -> ComparisonRow:
         start, chunk, advance = time.perf_counter(), self.size.chunk, self.bar.update
         reference, difference, same = self.reference, None, None
         if reference is None:
-            reference = self.open_reference(subject, sample, caches)
+            reference = self.open_reference(evaluated, sample, caches)
             nll = reference.nll
         else:
-            nll, difference = score.compare_windows(subject.model, caches, sample, chunk, reference, advance)
-            same = score.score_greedy(subject.model, caches, sample, chunk, reference, advance)
-        needles = score.score_needles(subject.model, caches, sample, chunk, advance)
-        chats = score.score_chats(subject.model, subject.tokenizer, caches, sample, chunk, advance)
-        return Row(
-            label=subject.target.label,
-            path=subject.target.where,
-            fingerprint=self.prints[subject.target.where, scheme],
-            weights=subject.weights,
+            nll, difference = score.compare_windows(evaluated.model, caches, sample, chunk, reference, advance)
+            same = score.score_greedy(evaluated.model, caches, sample, chunk, reference, advance)
+        needles = score.score_needles(evaluated.model, caches, sample, chunk, advance)
+        chats = score.score_chats(evaluated.model, evaluated.tokenizer, caches, sample, chunk, advance)
+        return ComparisonRow(
+            label=evaluated.target.label,
+            path=evaluated.target.where,
+            fingerprint=self.prints[evaluated.target.where, scheme],
+            weights=evaluated.weights,
             kv=scheme,
             is_reference=difference is None,
             perplexity=perplexity(nll),
@@ -207,13 +210,13 @@ class _Job:
         if others and self.found:
             rows += [row for row in self.found.rows if (row.path, row.kv) not in self.prints]
         seconds = time.perf_counter() - self.start + (self.found.seconds if self.found else 0)
-        basis = self.found.basis if self.found and self.reference is None else self.basis()
-        return Report(basis, rows, machine(), seconds, missing)
+        conditions = self.found.conditions if self.found and self.reference is None else self.conditions()
+        return Report(conditions, rows, machine(), seconds, missing)
 
-    def basis(self) -> Basis:
+    def conditions(self) -> Conditions:
         assert self.sample is not None
         size, sample = self.size, self.sample
-        return Basis(
+        return Conditions(
             reference=self.first.label,
             reference_path=self.first.where,
             reference_weights=self.weights,
@@ -229,9 +232,9 @@ class _Job:
             depths=size.depths,
             chats=len(sample.chats),
             greedy=len(sample.prompts),
-            greedy_repeating=greedy.repeating(self.reference.said) if self.reference else 0,
+            greedy_repeating=greedy.repeating(self.reference.continuations) if self.reference else 0,
             seed=size.seed,
             protection=self.protection,
-            spool_bytes=self.spool.bytes,
-            spool_dtype=np.dtype(self.spool.dtype).name,
+            spool_bytes=self.log_probs.bytes,
+            spool_dtype=np.dtype(self.log_probs.dtype).name,
         )

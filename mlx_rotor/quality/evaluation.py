@@ -12,16 +12,16 @@ from typing import Any
 from ..errors import RotorError
 from ..quant import job
 from ..quant.plan import Plan, decimal
-from ..quant.policy import Policy
+from ..quant.source import open_folder
 from .machine import machine
 from .metrics import Divergence, Estimate
-from .streamed import Quality, Streamed
+from .streamed import Quality, SourceReference
 
 ROOM = 1.02  # of a temporary checkpoint beside its tensors: headers, tokenizer, the job's own files
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckpointRow:
     """A checkpoint measured: `name` is its policy's, `nbytes` its tensors' size, `parameters` those of the model."""
 
     name: str
@@ -38,15 +38,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`row` is the checkpoint's own, `others` those it is compared with; `machine` as `evals.machine`.
+    """`row` is the checkpoint's own, `others` those it is compared with; `machine` as `quality.machine`.
 
     `whole`: the models ran whole in mlx_lm, not layer by layer in float32.
     """
 
     source: str
     whole: bool
-    row: Row
-    others: tuple[Row, ...]
+    row: CheckpointRow
+    others: tuple[CheckpointRow, ...]
     machine: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,40 +57,45 @@ class Evaluation:
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         """Of what `to_dict` made. Raises RotorError for anything else."""
         try:
-            others = tuple(row_of(r) for r in data["others"])
-            return cls(data["source"], bool(data["whole"]), row_of(data["row"]), others, dict(data["machine"]))
+            others = tuple(row_from_dict(r) for r in data["others"])
+            return cls(data["source"], bool(data["whole"]), row_from_dict(data["row"]), others, dict(data["machine"]))
         except (KeyError, TypeError, ValueError) as e:
             raise RotorError(f"the evaluation is damaged ({type(e).__name__}: {e}); measure it again") from e
 
 
-def evaluate(
-    streamed: Streamed, folder: str | Path, plan: Plan, *, fit: str, calibrated: bool, others: Sequence[Row] = ()
+def evaluate_checkpoint(
+    reference: SourceReference,
+    folder: str | Path,
+    plan: Plan,
+    *,
+    fit: str,
+    calibrated: bool,
+    others: Sequence[CheckpointRow] = (),
 ) -> Evaluation:
-    """Measures a finished checkpoint against its source. `others`: rows measured before (see `compared`)."""
-    row = Row(plan.policy.name, plan.nbytes, plan.parameters, fit, calibrated, streamed.measure(folder))
-    return Evaluation(streamed.folder.resolve().name, streamed.whole, row, tuple(others), machine())
+    """Measures a finished checkpoint against its source. `others`: rows measured before (see `compare_policies`)."""
+    row = CheckpointRow(plan.policy.name, plan.nbytes, plan.parameters, fit, calibrated, reference.compare(folder))
+    return Evaluation(reference.folder.resolve().name, reference.whole, row, tuple(others), machine())
 
 
-def compared(
-    streamed: Streamed,
-    policies: Sequence[Policy | Plan],
+def compare_policies(
+    reference: SourceReference,
+    plans: Sequence[Plan],
     *,
     fit: str = "search",
     guide: job.GuideFactory | None = None,
     folder: str | Path | None = None,
     progress: Callable[[str], Any] | None = None,
-) -> list[Row]:
-    """Rows for other policies: each is quantized from the same source into a temporary folder, measured, and deleted.
+) -> list[CheckpointRow]:
+    """Rows for other plans: each is quantized from the same source into a temporary folder, measured, and deleted.
 
     Args:
-        fit, guide: as of `job.quantize`; the same as the checkpoint's make the rows comparable.
+        fit, guide: as of `job.execute`; the same as the checkpoint's make the rows comparable.
         folder: where the temporary folders are made; default is the system's.
         progress: called with what is being done.
 
     Raises:
-        RotorError: too little disk for the largest of them, before anything is made; and as `job.quantize`.
+        RotorError: too little disk for the largest of them, before anything is made; and as `job.execute`.
     """
-    plans = [p if isinstance(p, Plan) else job.dry_run(streamed.folder, p, fit=fit)[0] for p in policies]
     place = Path(folder or tempfile.gettempdir())
     need, free = round(ROOM * max((p.nbytes for p in plans), default=0)), shutil.disk_usage(place).free
     if need > free:
@@ -106,15 +111,17 @@ def compared(
             out = Path(temporary) / name
             if progress is not None:
                 progress(f"{name}: quantizing")
-            job.quantize(streamed.folder, out, plan, fit=fit, guide=guide)
+            job.execute(open_folder(reference.folder), out, plan, fit=fit, guide=guide)
             if progress is not None:
                 progress(f"{name}: measuring")
-            rows.append(Row(name, plan.nbytes, plan.parameters, fit, guide is not None, streamed.measure(out)))
+            rows.append(
+                CheckpointRow(name, plan.nbytes, plan.parameters, fit, guide is not None, reference.compare(out))
+            )
     return rows
 
 
-def row_of(x: Mapping[str, Any]) -> Row:
-    return Row(**{**x, "quality": tuple(_quality(q) for q in x["quality"])})
+def row_from_dict(x: Mapping[str, Any]) -> CheckpointRow:
+    return CheckpointRow(**{**x, "quality": tuple(_quality(q) for q in x["quality"])})
 
 
 def _quality(x: Mapping[str, Any]) -> Quality:

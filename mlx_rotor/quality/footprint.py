@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..cache import RotorCache
 from ..host.report import kv_bytes, kv_bytes_fp16, layers
-from .model import Cache, Subject
+from .model import Cache, EvaluatedModel
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def packed_side(side: Any) -> tuple[float, int]:
 
 
 def bytes_per_further_token(cache: Sequence[Any]) -> float | None:
-    """From the buffers' own sizes. Caches of bounded size (sliding windows, states) add nothing."""
+    """From the buffers' own sizes. MeasuredCaches of bounded size (sliding windows, states) add nothing."""
     total = 0.0
     for c in cache:
         if isinstance(c, RotorCache):
@@ -96,25 +96,25 @@ def bits_per_element(cache: Sequence[Any]) -> float | None:
     return 8 * sum(b for b, _ in packed) / sum(n for _, n in packed) if packed else None
 
 
-class Caches:
+class MeasuredCaches:
     """Makes a configuration's caches and remembers the footprint of the longest."""
 
-    def __init__(self, subject: Subject, kv: str, protection: Mapping[str, int]) -> None:
-        self._subject, self._kv, self._protection = subject, kv, protection
+    def __init__(self, evaluated: EvaluatedModel, kv: str, protection: Mapping[str, int]) -> None:
+        self._evaluated, self._kv, self._protection = evaluated, kv, protection
         self._live: Cache = []
         self._longest: Footprint | None = None
 
     def new(self) -> Cache:
         """An empty cache. The one made before must no longer be in use."""
         self._measure()
-        self._live = self._subject.new_cache(self._kv, **self._protection)
+        self._live = self._evaluated.new_cache(self._kv, **self._protection)
         return self._live
 
     def new_rows(self) -> Cache:
         """An empty cache for a batch of rows, whose size says nothing of a sequence's: it is not measured."""
         self._measure()
         self._live = []
-        return self._subject.new_cache(self._kv, **self._protection)
+        return self._evaluated.new_cache(self._kv, **self._protection)
 
     def footprint(self) -> Footprint:
         """Of the longest sequence any cache has held. Lets go of the last cache."""

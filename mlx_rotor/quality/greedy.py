@@ -1,4 +1,4 @@
-"""Greedy divergence: how many tokens a configuration says before the first that the reference would not have said."""
+"""Greedy divergence: how many tokens a configuration generates before the first that is not the reference's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NewCache = Callable[[], Cache]
 
 @dataclass(frozen=True)
 class Greedy:
-    """Tokens of each prompt's continuation that are the reference's, before the first that isn't; at most `limit`.
+    """The number of tokens of each prompt's continuation before the first that is not the reference's; at most `limit`.
 
-    Prompts are apart in the text, each gives one number: they are what the error is between. A continuation that never
-    differs counts as `limit`, so the mean is that of the first `limit` tokens, no forecast beyond.
+    Prompts don't overlap and each gives one number: the standard error is between them. A continuation that never
+    differs counts as `limit`, so the mean says nothing of what comes after `limit` tokens.
     """
 
     same: tuple[int, ...]
@@ -32,7 +32,7 @@ class Greedy:
 
     @property
     def mean(self) -> Estimate:
-        """Without an error where all are alike: 256 of 256 in few prompts is not ± 0."""
+        """The mean, without an error where all prompts are alike: 256 of 256 in few prompts is not ± 0."""
         found = clustered_mean(np.array(self.same, dtype=np.float64)[:, None])
         return found if found.se else Estimate(found.value, None)
 
@@ -46,18 +46,20 @@ class Greedy:
         return Tally(sum(n >= self.limit for n in self.same), len(self.same))
 
 
-def repeating(said: np.ndarray) -> int:
-    """How many of the continuations [prompts, limit] end in a loop, twice or more of the same tokens in the last half:
-    what small models fall into, and what no small error takes them out of again."""
-    half = said[:, said.shape[1] // 2 :]
+def repeating(continuations: np.ndarray) -> int:
+    """The number of `continuations` [prompts, limit] that end in a loop: the last half repeats some tokens throughout.
+
+    Small models fall into loops, and no small error brings them out again.
+    """
+    half = continuations[:, continuations.shape[1] // 2 :]
     periods = range(1, half.shape[1] // 2 + 1)
     return sum(any((row[n:] == row[:-n]).all() for n in periods) for row in half)
 
 
 def draw_prompts(tokens: Sequence[int], first: Sequence[int], count: int) -> np.ndarray:
-    """int [count, PROMPT]: pieces of text that don't overlap, spread evenly, each behind the tokens `first`.
+    """Pieces of text that don't overlap, spread evenly, each behind the tokens `first`: int [count, PROMPT].
 
-    As many as the text has room for where that is fewer.
+    There are fewer where the text has no room for `count`.
     """
     need = PROMPT - len(first)
     count = min(count, len(tokens) // need)
@@ -67,7 +69,7 @@ def draw_prompts(tokens: Sequence[int], first: Sequence[int], count: int) -> np.
 
 
 def _batches(count: int) -> Iterator[slice]:
-    """As few as ROWS allows, all nearly as large."""
+    """Batches of at most ROWS prompts, as few as possible and nearly equal in size."""
     for part in np.array_split(np.arange(count), max(1, math.ceil(count / ROWS))):
         if len(part):
             yield slice(int(part[0]), int(part[-1]) + 1)
@@ -76,36 +78,42 @@ def _batches(count: int) -> Iterator[slice]:
 def continuations(
     model: Any, new_cache: NewCache, prompts: np.ndarray, chunk: int, advance: Advance, limit: int = TOKENS
 ) -> np.ndarray:
-    """What the model says after each prompt, greedily, ends of text included: int [prompts, limit]."""
-    said = np.zeros((len(prompts), limit), dtype=np.int64)
+    """The tokens that greedy decoding gives after each prompt, ends of text included: int [prompts, limit]."""
+    out = np.zeros((len(prompts), limit), dtype=np.int64)
     for rows in _batches(len(prompts)):
         cache = new_cache()
         token = prefill_rows(model, cache, prompts[rows], chunk)
         for i in range(limit):
-            said[rows, i] = token
+            out[rows, i] = token
             if i + 1 < limit:
                 token = step_rows(model, cache, token)
         advance(prompts[rows].size + len(token) * limit)
-    return said
+    return out
 
 
 def follow(
-    model: Any, new_cache: NewCache, prompts: np.ndarray, said: np.ndarray, chunk: int, advance: Advance
+    model: Any, new_cache: NewCache, prompts: np.ndarray, continuations: np.ndarray, chunk: int, advance: Advance
 ) -> Greedy:
-    """Tokens of `said` [prompts, limit] that the model, through caches of `new_cache`, says too before it differs.
+    """Compares a model's greedy decoding, through caches of `new_cache`, with the reference's `continuations`.
 
-    The reference's token is fed each time: as long as a row has said the same, that is greedy decoding, and what it
-    says after its first difference doesn't count. A batch ends when every row has differed.
+    The reference's token is fed each time. Until a row's first difference that is greedy decoding, and what the row
+    chooses afterwards doesn't count. A batch ends when every row has differed.
+
+    Args:
+        prompts: int [prompts, n].
+        continuations: int [prompts, limit].
+        chunk: tokens of a prompt fed at a time.
+        advance: called with the number of tokens done, for a progress bar.
     """
-    limit = said.shape[1]
+    limit = continuations.shape[1]
     same = np.full(len(prompts), limit)
     for rows in _batches(len(prompts)):
         cache = new_cache()
         token = prefill_rows(model, cache, prompts[rows], chunk)
         for i in range(limit):
-            same[rows] = np.where((same[rows] == limit) & (token != said[rows, i]), i, same[rows])
+            same[rows] = np.where((same[rows] == limit) & (token != continuations[rows, i]), i, same[rows])
             if i + 1 == limit or (same[rows] < limit).all():
                 break
-            token = step_rows(model, cache, said[rows, i])
+            token = step_rows(model, cache, continuations[rows, i])
         advance(prompts[rows].size + len(token) * limit)
     return Greedy(tuple(same.tolist()), limit)

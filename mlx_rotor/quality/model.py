@@ -80,7 +80,7 @@ BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
-class Target:
+class NamedModel:
     """`label` names it in tables; `path` is a folder or a Hugging Face repository."""
 
     label: str
@@ -92,7 +92,7 @@ class Target:
         return BUNDLED if self.path == str(MODEL) else self.path
 
     @classmethod
-    def parse(cls, text: str | None) -> Target:
+    def parse(cls, text: str | None) -> NamedModel:
         """`PATH`, `NAME=PATH`, or `bundled` (also None) as the path.
 
         Raises:
@@ -112,7 +112,7 @@ class Target:
         return cls(label or path, path)
 
 
-def fingerprint(target: Target, kv: str) -> str:
+def fingerprint(target: NamedModel, kv: str) -> str:
     """Of a configuration's files: names, sizes and times of a model folder's, the text of a scheme's. A model that
     is no folder here counts by its name."""
     folder, digest = Path(target.path), hashlib.sha256(target.where.encode())
@@ -134,10 +134,10 @@ def dtype_of(model: Any) -> str:
     return str(max(sizes, key=lambda d: sizes[d])).removeprefix("mlx.core.")
 
 
-class Subject:
+class EvaluatedModel:
     """A loaded model. Raises RotorError where it can't be loaded."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: NamedModel) -> None:
         self.target = target
         self.model, self.tokenizer = load(target.path)
 

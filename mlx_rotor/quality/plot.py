@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RotorError
-from .report import Report, Row
+from .report import ComparisonRow, Report
 
 FAMILIES = ("trellis", "turbo", "isofull", "iso", "planar", "rotor", "fp8", "affine")
 COLOURS = ("#0b6e4f", "#1f4e9e", "#7b3fa0", "#c2477f", "#c7671a", "#8a8a1f", "#555555", "#111111")
@@ -39,7 +39,7 @@ def available() -> None:
         raise RotorError('--plot needs matplotlib: pip install "mlx_rotor[plots]", or pip install matplotlib') from e
 
 
-def points(rows: Sequence[Row]) -> list[Point]:
+def points(rows: Sequence[ComparisonRow]) -> list[Point]:
     """The rows that packed something and have a divergence a logarithmic axis can show, by family and bits."""
     found = []
     for row in rows:
@@ -70,7 +70,7 @@ def quality(report: Report) -> str:
         RotorError: no matplotlib, or no compressed row to draw.
     """
     available()
-    drawn = points([r for r in report.rows if r.path == report.basis.reference_path])
+    drawn = points([r for r in report.rows if r.path == report.conditions.reference_path])
     if not drawn:
         raise RotorError(
             "--plot: no row of the reference model has compressed KV and a divergence above 0; add one with --kv"
@@ -89,7 +89,9 @@ def quality(report: Report) -> str:
             _draw_family(axes, [p for p in drawn if p.family == family], family)
         axes.set_xlabel("stored bits an element, scales and means included, mean over layers")
         axes.set_ylabel("KL(exact KV ‖ row), nats a token, ± one standard error")
-        axes.set_title(f"{report.basis.reference}: {report.basis.windows} windows of {report.basis.window} tokens")
+        axes.set_title(
+            f"{report.conditions.reference}: {report.conditions.windows} windows of {report.conditions.window} tokens"
+        )
         axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
         axes.legend(fontsize=8, ncols=2)
         out = io.StringIO()

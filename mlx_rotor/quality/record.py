@@ -17,7 +17,7 @@ from ..files import write_text
 from .footprint import Footprint
 from .greedy import Greedy
 from .metrics import Divergence, Estimate, Tally
-from .report import FORMAT, VERSION, Basis, Report, Row
+from .report import FORMAT, VERSION, ComparisonRow, Conditions, Report
 
 # What may differ between rows of one file: measuring can take more than a day.
 LOOSE = frozenset({"date"})
@@ -36,9 +36,9 @@ def read(path: Path) -> Report:
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
         raise RotorError(f"{path}: not written by this version of mlx_rotor evaluate; give another file")
     try:
-        basis = _plain(Basis, data["basis"])
+        conditions = _plain(Conditions, data["basis"])
         rows, missing = [_row(r) for r in data["rows"]], tuple(data["missing"])
-        return Report(basis, rows, dict(data["machine"]), float(data["seconds"]), missing)
+        return Report(conditions, rows, dict(data["machine"]), float(data["seconds"]), missing)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise RotorError(f"{path}: damaged ({type(e).__name__}: {e}); delete it") from e
 
@@ -48,10 +48,10 @@ def write(path: Path, report: Report) -> None:
     write_text(path, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
-def same_basis(path: Path, found: Report, basis: Basis, machine: Mapping[str, str]) -> None:
+def check_conditions(path: Path, found: Report, conditions: Conditions, machine: Mapping[str, str]) -> None:
     """Raises RotorError naming the first thing that the rows of `found`, read from `path`, and this run don't share."""
-    here, there = _as_json(asdict(basis)), _as_json(asdict(found.basis))
-    for name in (f.name for f in fields(Basis) if not f.name.startswith(FOUND)):
+    here, there = _as_json(asdict(conditions)), _as_json(asdict(found.conditions))
+    for name in (f.name for f in fields(Conditions) if not f.name.startswith(FOUND)):
         _same(path, name.replace("_", " "), there[name], here[name])
     for name in machine.keys() - LOOSE:
         _same(path, name, found.machine.get(name), machine[name])
@@ -84,13 +84,13 @@ def _tally(x: Mapping[str, Any]) -> Tally:
     return Tally(x["right"], x["of"])
 
 
-def _row(x: Mapping[str, Any]) -> Row:
+def _row(x: Mapping[str, Any]) -> ComparisonRow:
     divergence, greedy = x["divergence"], x["greedy"]
     plain = {k: x[k] for k in ("label", "path", "fingerprint", "weights", "kv", "is_reference", "seconds")}
     perplexity = _estimate(x["perplexity"])
     if perplexity is None:
         raise ValueError("a row without perplexity")
-    return Row(
+    return ComparisonRow(
         **plain,
         perplexity=perplexity,
         change=_estimate(x["change"]),

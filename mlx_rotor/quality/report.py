@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .. import tables
 from . import greedy
 from .footprint import Footprint
 from .greedy import Greedy
@@ -17,10 +18,10 @@ FORMAT, VERSION = "mlx_rotor evaluation", 1
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One configuration. `change` (of the perplexity), `divergence` and `greedy` are None for the reference itself.
 
-    `fingerprint` is that of its files, see `subject.fingerprint`.
+    `fingerprint` is that of its files, see `evaluated.fingerprint`.
     """
 
     label: str
@@ -58,7 +59,7 @@ def _tally(tally: Tally | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Basis:
+class Conditions:
     """What the rows were measured on and against. `protection`: what the user changed of the schemes' defaults."""
 
     reference: str
@@ -87,8 +88,8 @@ class Basis:
 class Report:
     """`seconds`: what measuring the rows took, all together; `missing`: rows asked for and not measured yet."""
 
-    basis: Basis
-    rows: list[Row]
+    conditions: Conditions
+    rows: list[ComparisonRow]
     machine: dict[str, str]
     seconds: float
     missing: tuple[str, ...] = ()
@@ -98,7 +99,7 @@ class Report:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "basis": asdict(self.basis),
+            "basis": asdict(self.conditions),
             "rows": [row.to_dict() for row in self.rows],
             "machine": self.machine,
             "seconds": self.seconds,
@@ -107,7 +108,7 @@ class Report:
 
     def markdown(self) -> str:
         """The tables and what they rest on."""
-        columns = [c for c in _COLUMNS if c != _GREEDY or self.basis.greedy]
+        columns = [c for c in _COLUMNS if c != _GREEDY or self.conditions.greedy]
         parts = [_table(columns, self.rows)]
         cells = list(self.rows[0].needles) + list(self.rows[0].chats)
         if cells:
@@ -115,7 +116,7 @@ class Report:
         return "\n\n".join([*parts, self._notes()]) + "\n"
 
     def _notes(self) -> str:
-        b, m, tokens = self.basis, self.machine, self.rows[0].footprint.tokens
+        b, m, tokens = self.conditions, self.machine, self.rows[0].footprint.tokens
         sample = [f"{b.windows} windows × {b.window} tokens of {b.text}, fed {b.chunk} at a time"]
         sample += [f"{b.needles} needles"] if b.needles else []
         sample += [f"{b.chats} chats"] if b.chats else []
@@ -152,15 +153,12 @@ class Report:
         return "\n".join(f"- {line}" for line in lines)
 
 
-Column = tuple[str, Callable[[Row], str]]
+Column = tuple[str, Callable[[ComparisonRow], str]]
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    cells = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i > 1 else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+def _table(columns: Sequence[Column], rows: Sequence[ComparisonRow]) -> str:
+    cells = [[show(row) for _, show in columns] for row in rows]
+    return tables.markdown([title for title, _ in columns], cells, left=(0, 1))
 
 
 def _estimate(e: Estimate | None, digits: int | None = None, percent: bool = False, sign: bool = False) -> str:
@@ -186,18 +184,18 @@ def _rate(tallies: Sequence[Tally]) -> str:
     return f"{_estimate(all_.rate, 0, percent=True)} ({all_})" if all_ else NONE
 
 
-def _memory(per_token: float | None, row: Row) -> str:
+def _memory(per_token: float | None, row: ComparisonRow) -> str:
     """`1,712 (21 %)`: bytes a token, and their share of what fp16 takes."""
     if per_token is None:
         return NONE
     return f"{per_token:,.0f} ({100 * per_token * row.footprint.tokens / row.footprint.fp16:.0f} %)"
 
 
-def _kl(show: Callable[[Divergence], str]) -> Callable[[Row], str]:
+def _kl(show: Callable[[Divergence], str]) -> Callable[[ComparisonRow], str]:
     return lambda row: "reference" if row.divergence is None else show(row.divergence)
 
 
-def _greedy(row: Row) -> str:
+def _greedy(row: ComparisonRow) -> str:
     """`171 ± 30, 205, 3/8`."""
     if row.greedy is None:
         return "reference" if row.is_reference else NONE
@@ -223,16 +221,16 @@ _COLUMNS: tuple[Column, ...] = (
 )
 
 
-def _detail_columns(row: Row) -> list[Column]:
+def _detail_columns(row: ComparisonRow) -> list[Column]:
     """Needles by length and depth, chats by kind; every row has the same."""
     out = list(_COLUMNS[:2])
     out += [(f"{n} @ {100 * d:g} %", _needle(n, d)) for n, d in row.needles]
     return out + [(kind.replace("_", " "), _chat(kind)) for kind in row.chats]
 
 
-def _needle(length: int, depth: float) -> Callable[[Row], str]:
+def _needle(length: int, depth: float) -> Callable[[ComparisonRow], str]:
     return lambda row: str(row.needles[length, depth])
 
 
-def _chat(kind: str) -> Callable[[Row], str]:
+def _chat(kind: str) -> Callable[[ComparisonRow], str]:
     return lambda row: str(row.chats[kind])

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import RotorError
 from . import chat, greedy, needle
-from .footprint import Caches
+from .footprint import MeasuredCaches
 from .greedy import Greedy
 from .metrics import Divergence, Tally, summarise, token_kl, token_nll
 from .model import chunks, log_probabilities
@@ -25,7 +25,7 @@ from .sample import Sample
 FLOAT32_LIMIT = 4 << 30
 
 
-class Spool:
+class LogProbFile:
     """Log-probabilities [rows, vocab], appended once and read many times.
 
     The file is unnamed and in the system's temporary folder (`TMPDIR`); it vanishes with the process however that
@@ -69,7 +69,7 @@ class Spool:
             self._map = np.memmap(self._file, dtype=self.dtype, mode="r", shape=(self.rows, self.vocab))
         return np.asarray(self._map[start:stop])
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> LogProbFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
@@ -84,16 +84,18 @@ REPLY_GUESS = 48  # tokens a reply counts for in the progress bar
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference's losses and choices, both [windows, window], its distributions on disk, and what it `said` after
-    each prompt, [prompts, greedy.TOKENS]."""
+    """The reference's losses and choices, both [windows, window], its distributions on disk, and what it says
+    after each prompt, `continuations`: [prompts, greedy.TOKENS]."""
 
     nll: np.ndarray
     top: np.ndarray
-    spool: Spool
-    said: np.ndarray
+    log_probs: LogProbFile
+    continuations: np.ndarray
 
 
-def predictions(model: Any, caches: Caches, sample: Sample, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def predictions(
+    model: Any, caches: MeasuredCaches, sample: Sample, chunk: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(log-probabilities [n, vocab], the tokens that came [n]) of each chunk of each window, in order."""
     for row in sample.windows:
         at = 1
@@ -102,21 +104,25 @@ def predictions(model: Any, caches: Caches, sample: Sample, chunk: int) -> Itera
             at += len(logits)
 
 
-def read_reference(model: Any, caches: Caches, sample: Sample, chunk: int, spool: Spool, advance: Advance) -> Reference:
+def read_reference(
+    model: Any, caches: MeasuredCaches, sample: Sample, chunk: int, log_probs: LogProbFile, advance: Advance
+) -> Reference:
     """Runs windows and prompts and keeps what every other configuration is compared with."""
-    nll, top = keep(predictions(model, caches, sample, chunk), sample, spool, advance)
-    said = greedy.continuations(model, caches.new_rows, sample.prompts, chunk, advance)
-    return Reference(nll, top, spool, said)
+    nll, top = keep(predictions(model, caches, sample, chunk), sample, log_probs, advance)
+    continued = greedy.continuations(model, caches.new_rows, sample.prompts, chunk, advance)
+    return Reference(nll, top, log_probs, continued)
 
 
-def keep(predicted: Predictions, sample: Sample, spool: Spool, advance: Advance) -> tuple[np.ndarray, np.ndarray]:
-    """Losses in nats and likeliest tokens, both [windows, window]; whole distributions go to `spool`."""
+def keep(
+    predicted: Predictions, sample: Sample, log_probs: LogProbFile, advance: Advance
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses in nats and likeliest tokens, both [windows, window]; whole distributions go to `log_probs`."""
     nll: list[np.ndarray] = []
     top: list[np.ndarray] = []
     for logp, came in predicted:
         if not nll:
-            spool.reserve(window_tokens(sample), logp.shape[1])
-        spool.append(logp)
+            log_probs.reserve(window_tokens(sample), logp.shape[1])
+        log_probs.append(logp)
         nll.append(token_nll(logp, came))
         top.append(logp.argmax(axis=1))
         advance(len(logp))
@@ -125,7 +131,7 @@ def keep(predicted: Predictions, sample: Sample, spool: Spool, advance: Advance)
 
 
 def compare_windows(
-    model: Any, caches: Caches, sample: Sample, chunk: int, reference: Reference, advance: Advance
+    model: Any, caches: MeasuredCaches, sample: Sample, chunk: int, reference: Reference, advance: Advance
 ) -> tuple[np.ndarray, Divergence]:
     """As `compare_predictions`, of a model's predictions through its caches."""
     return compare_predictions(predictions(model, caches, sample, chunk), reference, advance)
@@ -146,13 +152,13 @@ def compare_predictions(
     tops = reference.top.reshape(-1)
     for logp, came in predicted:
         end = at + len(logp)
-        if logp.shape[1] != reference.spool.vocab:
+        if logp.shape[1] != reference.log_probs.vocab:
             raise RotorError(
-                f"the model gives {logp.shape[1]} probabilities a token and the reference {reference.spool.vocab}: "
+                f"the model gives {logp.shape[1]} probabilities a token and the reference {reference.log_probs.vocab}: "
                 "their distributions can't be compared; evaluate them separately"
             )
         nll.append(token_nll(logp, came))
-        kl.append(token_kl(reference.spool.read(at, end), logp))
+        kl.append(token_kl(reference.log_probs.read(at, end), logp))
         agrees.append(logp.argmax(axis=1) == tops[at:end])
         at = end
         advance(len(logp))
@@ -162,16 +168,16 @@ def compare_predictions(
 
 
 def score_greedy(
-    model: Any, caches: Caches, sample: Sample, chunk: int, reference: Reference, advance: Advance
+    model: Any, caches: MeasuredCaches, sample: Sample, chunk: int, reference: Reference, advance: Advance
 ) -> Greedy | None:
     """How long the continuations are the reference's; None without prompts."""
     if not len(sample.prompts):
         return None
-    return greedy.follow(model, caches.new_rows, sample.prompts, reference.said, chunk, advance)
+    return greedy.follow(model, caches.new_rows, sample.prompts, reference.continuations, chunk, advance)
 
 
 def score_needles(
-    model: Any, caches: Caches, sample: Sample, chunk: int, advance: Advance
+    model: Any, caches: MeasuredCaches, sample: Sample, chunk: int, advance: Advance
 ) -> dict[tuple[int, float], Tally]:
     """Needles found by (length, depth)."""
     tallies: dict[tuple[int, float], Tally] = {}
@@ -184,14 +190,14 @@ def score_needles(
 
 
 def score_chats(
-    model: Any, tokenizer: Any, caches: Caches, sample: Sample, chunk: int, advance: Advance
+    model: Any, tokenizer: Any, caches: MeasuredCaches, sample: Sample, chunk: int, advance: Advance
 ) -> dict[str, Tally]:
     """Chats right by kind."""
     tallies: dict[str, Tally] = {}
     for trial in sample.chats:
         before = tallies.get(trial.chat.kind, Tally(0, 0))
-        said = list(chat.reply(model, caches.new(), trial, tokenizer.eos_token_ids, chunk))
-        hit = chat.right(trial.chat, tokenizer.decode(said), tokenizer)
+        reply = list(chat.reply(model, caches.new(), trial, tokenizer.eos_token_ids, chunk))
+        hit = chat.right(trial.chat, tokenizer.decode(reply), tokenizer)
         tallies[trial.chat.kind] = Tally(before.right + hit, before.of + 1)
         advance(len(trial.prompt) + REPLY_GUESS)
     return tallies

@@ -23,7 +23,7 @@ AS_IT_IS = '[[rule]]\nroles = ["*"]\nkeep = true\n'
 RAW = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.uint32: np.uint32, mx.uint8: np.uint8}
 
 
-class Stored:
+class StoredParameters:
     """Parameters of an MLX checkpoint, quantized or not, expanded as they are read. See `host.layerwise.Parameters`.
 
     Bits, group size and mode follow from the tensors, as in mlx_lm; those of our own formats from config.json.
@@ -92,7 +92,7 @@ def parameters_of(folder: Path) -> tuple[dict[str, Any], Parameters]:
     """
     config = read_config(folder)
     if config.get("quantization"):
-        return config, Stored(folder, config)
+        return config, StoredParameters(folder, config)
     checkpoint = Checkpoint.open(folder, config)
     plan = make_plan(config, policy.parse(AS_IT_IS, "as it is"), checkpoint.dtypes)
     checkpoint.verify(plan)

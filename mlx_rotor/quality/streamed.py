@@ -22,15 +22,15 @@ from ..host.layerwise import Layerwise
 from ..host.prompting import tokenizer
 from ..quant.plan import read_config
 from . import score
-from .footprint import Caches
+from .footprint import MeasuredCaches
 from .metrics import Divergence, Estimate, change, perplexity
-from .model import Subject, Target, log_probabilities
+from .model import EvaluatedModel, NamedModel, log_probabilities
 from .sample import Domain, Sample, Size, draw, encode
-from .score import Reference, Spool
+from .score import LogProbFile, Reference
 from .stored import parameters_of
 
 # A domain's windows; their tokens' hidden states, 4 bytes × hidden size each, are held in memory.
-READING = Size(16, 512, needles=0, lengths=(), depths=(), chats=0, asked=frozenset())
+WINDOWS_ONLY = Size(16, 512, needles=0, lengths=(), depths=(), chats=0, asked=frozenset())
 BATCH = 8192  # tokens run through a layer at once: it reads its experts once for them all
 ROWS = 64  # tokens whose distributions are compared at once
 
@@ -62,8 +62,8 @@ class Quality:
         return self.windows * self.window
 
 
-def check(source: str | Path, texts: Sequence[Domain], size: Size = READING) -> None:
-    """RotorError for what would stop `Streamed` of these, at once: texts, tokenizer, architecture."""
+def check_runnable(source: str | Path, texts: Sequence[Domain], size: Size = WINDOWS_ONLY) -> None:
+    """RotorError for what would stop `SourceReference` of these, at once: texts, tokenizer, architecture."""
     folder = Path(source)
     config, weights = parameters_of(folder)
     words = tokenizer(folder)
@@ -72,7 +72,7 @@ def check(source: str | Path, texts: Sequence[Domain], size: Size = READING) -> 
     Layerwise(config, weights, size.window)
 
 
-class Streamed:
+class SourceReference:
     """The source's distributions on the texts' windows, on disk, and any number of checkpoints measured against them.
 
     A context manager: the temporary files go with it.
@@ -82,7 +82,7 @@ class Streamed:
         self,
         source: str | Path,
         texts: Sequence[Domain],
-        size: Size = READING,
+        size: Size = WINDOWS_ONLY,
         *,
         batch: int = BATCH,
         whole: bool = False,
@@ -109,17 +109,17 @@ class Streamed:
         self.samples = [draw(words, text.text, size, context) for text in self.texts]
         self._stack = ExitStack()
         try:
-            spools = [self._stack.enter_context(Spool()) for _ in self.texts]
+            files = [self._stack.enter_context(LogProbFile()) for _ in self.texts]
             self._references: list[Reference] = []
-            said = np.zeros((0, 0), np.int64)
-            for sample, spool, predicted in zip(self.samples, spools, self._run(self.folder), strict=True):
-                nll, top = score.keep(predicted, sample, spool, _ignore)
-                self._references.append(Reference(nll, top, spool, said))
+            no_prompts = np.zeros((0, 0), np.int64)
+            for sample, log_probs, predicted in zip(self.samples, files, self._run(self.folder), strict=True):
+                nll, top = score.keep(predicted, sample, log_probs, _ignore)
+                self._references.append(Reference(nll, top, log_probs, no_prompts))
         except BaseException:
             self._stack.close()
             raise
 
-    def measure(self, folder: str | Path) -> tuple[Quality, ...]:
+    def compare(self, folder: str | Path) -> tuple[Quality, ...]:
         """A checkpoint's quality on each text.
 
         Raises:
@@ -149,9 +149,9 @@ class Streamed:
     def _run(self, folder: Path) -> Iterator[score.Predictions]:
         """A model's predictions on each text's windows, in order; each must be used up before the next."""
         if self.whole:
-            subject = Subject(Target(folder.name, str(folder)))
-            caches = Caches(subject, EXACT, {})
-            yield from (score.predictions(subject.model, caches, sample, ROWS) for sample in self.samples)
+            evaluated = EvaluatedModel(NamedModel(folder.name, str(folder)))
+            caches = MeasuredCaches(evaluated, EXACT, {})
+            yield from (score.predictions(evaluated.model, caches, sample, ROWS) for sample in self.samples)
             return
         windows = np.concatenate([sample.windows for sample in self.samples])
         config, weights = parameters_of(folder)
@@ -188,7 +188,7 @@ class Streamed:
     def close(self) -> None:
         self._stack.close()
 
-    def __enter__(self) -> Streamed:
+    def __enter__(self) -> SourceReference:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:

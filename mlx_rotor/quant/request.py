@@ -7,12 +7,13 @@ from typing import Any
 
 from ..cache import DEFAULT, parse
 from ..errors import RotorError
-from ..memory.room import Room, ram_size, room
+from ..memory.room import Room, room
+from ..memory.sizes import parse_size, ram_size
 from . import policy as policies
 from .plan import read_config
 from .recipe import Recipe
 from .source import locate
-from .spec import Budget, parse_size
+from .spec import Budget
 
 LISTED, SOLVED = "config-i", "rotor"  # policies without and with a size
 CONTEXT = 32 * 1024

@@ -84,11 +84,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise RotorError(f"{path}: {e.strerror}") from e
     try:
         table = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise RotorError(f"{path}: damaged safetensors header ({e})") from e
+    return tensors_of(table, path, 8 + length, size)
+
+
+def tensors_of(table: Any, path: Path, start: int, size: int) -> dict[str, TensorInfo]:
+    """Every tensor that a parsed header names, its place checked against a file of `size` bytes.
+
+    Args:
+        start: offset of the first byte behind the header.
+
+    Raises:
+        RotorError: as `read_header`.
+    """
+    try:
         items = [(str(name), item) for name, item in table.items() if name != "__metadata__"]
-        found = {name: _info(name, item, path, 8 + length) for name, item in items}
+        found = {name: _info(name, item, path, start) for name, item in items}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise RotorError(f"{path}: damaged safetensors header ({e})") from e
-    end = 8 + length
+    end = start
     for info in sorted(found.values(), key=lambda info: (info.start, info.nbytes)):
         if info.start != end:
             raise RotorError(f"{path}: damaged safetensors header ({info.name} overlaps a tensor or leaves a gap)")

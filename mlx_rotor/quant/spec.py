@@ -5,12 +5,12 @@ What a budget asks for: bytes of all weight files together, or bits a weight, as
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RotorError
 from ..experts import formats
+from ..memory.sizes import parse_size
 
 AFFINE = formats.kind(formats.MLX)
 BITS = tuple(b for b in AFFINE.all_bits if b not in AFFINE.read_only)  # of mode affine
@@ -76,7 +76,8 @@ def one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
         raise RotorError(f"{what} = {value!r} is not supported; {what} can be {', '.join(map(str, known))}")
 
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+BUNDLED = "bundled"  # the calibration text of this package
+FOLDS = ("norms", "downs")  # where scale folding can be done
 TARGET_BITS = (1.0, 16.0)  # no plan is outside
 
 
@@ -101,19 +102,6 @@ class Budget:
             assert self.nbytes is not None
             return self.nbytes
         return int(self.bits_per_weight * parameters / 8)
-
-
-def parse_size(text: str) -> int:
-    """`86.2 GB` (1e9 bytes each), `80GiB` (2**30), `500MB`, a plain number -> bytes.
-
-    Raises:
-        RotorError: not a size, or less than a byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
-    if size < 1:
-        raise RotorError(f"{text!r} is not a size such as 86.2GB, 500MB or 80GiB")
-    return size
 
 
 def parse_table(table: Any) -> Budget:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_rotor import kernels
 from mlx_rotor.bench import cache_overhead
-from mlx_rotor.bench.cache_overhead import Overhead, launching, measure, nodes
+from mlx_rotor.bench.cache_overhead import Overhead, launching, measure_cache_overhead, nodes
 from mlx_rotor.cache import parse
 from mlx_rotor.host import attention
 from mlx_rotor.kernels import metal
@@ -18,7 +18,7 @@ SCHEMES = [parse("turbo4v2"), parse("fp8")]
 
 @pytest.fixture(scope="module")
 def measured():
-    rows = [o for b in cache_overhead.BACKENDS for o in measure(SCHEMES, b, 256, cycles=2)]
+    rows = [o for b in cache_overhead.BACKENDS for o in measure_cache_overhead(SCHEMES, b, 256, cycles=2)]
     return {(o.scheme, o.backend): o for o in rows}
 
 
@@ -63,7 +63,7 @@ def test_stand_ins_leave_nothing_behind(monkeypatch):
         assert kernels.backend() == "metal" and metal.simulated()
         raise ValueError
     assert os.environ["MLX_ROTOR_BACKEND"] == "reference" and not metal.simulated()
-    measure(SCHEMES[:1], "metal", 64, cycles=1)
+    measure_cache_overhead(SCHEMES[:1], "metal", 64, cycles=1)
     assert not attention.installed() and not metal.simulated()
 
 

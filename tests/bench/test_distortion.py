@@ -6,7 +6,7 @@ import pytest
 
 from mlx_rotor import codec
 from mlx_rotor.bench import codecs
-from mlx_rotor.bench.codecs import Distortion, measure, measure_all
+from mlx_rotor.bench.codecs import Distortion, measure_all, measure_distortion
 from mlx_rotor.errors import RotorError
 
 # TurboQuant's published distortions at 2, 3 and 4 bits, and what the trellis must reach.
@@ -70,7 +70,7 @@ class Halved:
 
 def test_a_known_error(monkeypatch):
     monkeypatch.setattr(codecs.codec, "get", lambda name, dim: Halved(dim))
-    found = measure("halved", 64, 100)
+    found = measure_distortion("halved", 64, 100)
     assert (
         found.bits == 16 and found.error == pytest.approx(0.25, rel=1e-3) and found.scores == pytest.approx(0.25, 1e-3)
     )
@@ -82,4 +82,4 @@ def test_a_codec_that_takes_no_such_dimension():
     assert name == "affine4" and "80" in why
     assert turbo.bits == 2 + 16 / 80
     with pytest.raises(RotorError, match="turbo9"):
-        measure("turbo9")
+        measure_distortion("turbo9")

@@ -4,13 +4,13 @@ import os
 
 import pytest
 
-from mlx_rotor.bench.expert_overhead import ExpertOverhead, measure
+from mlx_rotor.bench.expert_overhead import ExpertOverhead, measure_expert_overhead
 from mlx_rotor.kernels import metal
 
 
 @pytest.fixture(scope="module")
 def measured():
-    return {row.what: row for row in measure(rounds=60)}
+    return {row.what: row for row in measure_expert_overhead(rounds=60)}
 
 
 def test_launches_and_nodes(measured):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_rotor.bench import fits
-from mlx_rotor.bench.fits import LayerError, inputs, lines, measure, measure_layers
+from mlx_rotor.bench.fits import LayerError, inputs, lines, measure_fits, measure_layers
 from mlx_rotor.quant.fit import relative_error
 from mlx_rotor.quant.policy import Spec
 
@@ -13,7 +13,7 @@ from mlx_rotor.quant.policy import Spec
 @pytest.fixture(scope="module")
 def costs():
     # Large enough that what a call costs whatever it does is small.
-    return list(measure((Spec(2, 64), Spec(4, 64)), shape=(256, 1024), rounds=3))
+    return list(measure_fits((Spec(2, 64), Spec(4, 64)), shape=(256, 1024), rounds=3))
 
 
 def test_search_takes_at_most_sixty_times_as_long_as_mx_quantize(costs):
@@ -70,7 +70,7 @@ def test_lines_and_data_say_the_same(costs):
 
 
 def test_modes_that_mlx_does_not_have_are_measured_beside_its_own():
-    (cost,) = measure((Spec(3, 256, "lloyd"),), ("search",), shape=(64, 512), rounds=1)
+    (cost,) = measure_fits((Spec(3, 256, "lloyd"),), ("search",), shape=(64, 512), rounds=1)
     assert cost.error == pytest.approx(relative_error(3, 256, mode="lloyd"), rel=0.05) and cost.ratio > 1
     assert list(lines([cost], []))[2].split()[:4] == ["3b", "g256", "lloyd", "search"]
     (error,) = measure_layers((Spec(2, 256, "lloyd"),), ("search",), shape=(32, 256))

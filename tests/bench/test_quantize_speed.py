@@ -27,7 +27,7 @@ def test_the_synthetic_checkpoint_has_the_true_dimensions_and_the_same_bytes_eve
 
 
 def test_a_job_and_the_loop_are_measured_on_the_same_checkpoint(tmp_path):
-    speed = jobs.measure(tmp_path, "small", ("fast",), workers=2)
+    speed = jobs.measure_job(tmp_path, "small", ("fast",), workers=2)
     facts = jobs.facts(speed)
     assert [row["what"] for row in facts["jobs"]] == ["job, fast, 1 worker", "job, fast, 2 workers"]
     for row in [facts["bare"], *facts["jobs"]]:
@@ -56,7 +56,7 @@ def test_unknown_dimensions_and_a_run_that_fails_are_errors(tmp_path):
     make_checkpoint(tmp_path / "source", "small")
     (tmp_path / "source" / "config.json").write_text("{}")
     with pytest.raises(RotorError, match="the run of job failed"):
-        jobs.measure(tmp_path, "small", ("fast",), workers=1)
+        jobs.measure_job(tmp_path, "small", ("fast",), workers=1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mlx_rotor.bundled import MODEL
 from mlx_rotor.cli.command import run
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quality.sample import Size, bundled
-from mlx_rotor.quant.recipe import BUNDLED
+from mlx_rotor.quant.spec import BUNDLED
 
 SIZE = Size(2, 16, needles=0, lengths=(), depths=(), chats=0)
 WAYS = [Way("uniform-4bit", "fast"), Way("rotor", "fast", "uniform-4bit"), Way("rotor", "fast", "uniform-2bit")]
@@ -23,7 +23,7 @@ WAYS = [Way("uniform-4bit", "fast"), Way("rotor", "fast", "uniform-4bit"), Way("
 def measured(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.json"
     done = []
-    table, impossible = weights.measure(
+    table, impossible = weights.measure_policies(
         MODEL, WAYS, bundled(), SIZE, file, row_done=lambda: done.append(len(file.read_text()) if file.exists() else 0)
     )
     return file, table, impossible, done
@@ -44,28 +44,30 @@ def test_rows_are_kept_as_they_come_and_impossible_sizes_told(measured):
 
 def test_what_a_file_has_is_not_measured_again(measured, monkeypatch):
     file, table, _, _ = measured
-    monkeypatch.setattr(weights, "Streamed", None)
+    monkeypatch.setattr(weights, "SourceReference", None)
     before, done = file.read_bytes(), []
-    again, impossible = weights.measure(MODEL, WAYS[:2], bundled(), SIZE, file, row_done=lambda: done.append(1))
+    again, impossible = weights.measure_policies(
+        MODEL, WAYS[:2], bundled(), SIZE, file, row_done=lambda: done.append(1)
+    )
     assert again == table and impossible == [] and len(done) == 2 and file.read_bytes() == before
 
 
 def test_a_file_of_something_else_is_refused(measured, tmp_path, monkeypatch):
     file, table, _, _ = measured
-    monkeypatch.setattr(weights, "Streamed", None)
+    monkeypatch.setattr(weights, "SourceReference", None)
     with pytest.raises(RotorError, match="holds rows of another size"):
-        weights.measure(MODEL, WAYS, bundled(), replace(SIZE, windows=3), file)
+        weights.measure_policies(MODEL, WAYS, bundled(), replace(SIZE, windows=3), file)
     with pytest.raises(RotorError, match="holds rows of another texts"):
-        weights.measure(MODEL, WAYS, bundled()[:1], SIZE, file)
+        weights.measure_policies(MODEL, WAYS, bundled()[:1], SIZE, file)
     moved = tmp_path / "moved.json"
     replace(table, machine={**table.machine, "mlx": "0"}).write(moved)
     with pytest.raises(RotorError, match="holds rows of another machine"):
-        weights.measure(MODEL, WAYS, bundled(), SIZE, moved)
+        weights.measure_policies(MODEL, WAYS, bundled(), SIZE, moved)
     replace(table, machine={**table.machine, "date": "2000-01-01"}).write(moved)
-    assert weights.measure(MODEL, WAYS[:2], bundled(), SIZE, moved)[0].rows == table.rows
+    assert weights.measure_policies(MODEL, WAYS[:2], bundled(), SIZE, moved)[0].rows == table.rows
     other = tmp_path / "model"
     with pytest.raises(RotorError, match="holds rows of another source"):
-        weights.measure(other / "b", WAYS, bundled(), SIZE, file)
+        weights.measure_policies(other / "b", WAYS, bundled(), SIZE, file)
     for content in ("", "[]", '{"format": "x"}', json.dumps(table.facts() | {"version": 99})):
         (tmp_path / "odd.json").write_text(content)
         with pytest.raises(RotorError, match=r"odd\.json: not a file of weight quality"):

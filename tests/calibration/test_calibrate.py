@@ -17,7 +17,7 @@ from mlx_rotor.cli.command import run
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host import attention
 from mlx_rotor.quality import greedy
-from mlx_rotor.quality.model import Subject, Target
+from mlx_rotor.quality.model import EvaluatedModel, NamedModel
 from mlx_rotor.quality.sample import QUICK, THOROUGH, draw_between, encode
 
 evaluate = importlib.import_module("mlx_rotor.evaluate")  # the command; the package has a function of that name
@@ -27,7 +27,7 @@ READING = Reading(2, 96, 32)
 
 @pytest.fixture(scope="module")
 def subject(checkpoints):
-    return Subject(Target.parse(str(checkpoints["a"])))
+    return EvaluatedModel(NamedModel.parse(str(checkpoints["a"])))
 
 
 @pytest.fixture(scope="module")

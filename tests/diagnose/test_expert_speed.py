@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rotor.diagnose import expert_speed, kernel_speed
-from mlx_rotor.diagnose.expert_speed import Dims, ExpertTiming, cells, measure, record, stock_layer
+from mlx_rotor.diagnose import expert_speed, timing
+from mlx_rotor.diagnose.expert_speed import Dims, ExpertTiming, cells, measure_experts, record, stock_layer
 from mlx_rotor.experts.fused import FusedExperts
 from mlx_rotor.kernels import check_results
 
@@ -21,7 +21,7 @@ KEY = "affine2:64+affine2:64+affine3:64 256x512"
 def short(monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_ROTOR_CACHE", str(tmp_path))
     monkeypatch.setattr(expert_speed, "CHAIN", 2)
-    monkeypatch.setattr(kernel_speed, "REPEATS", 3)
+    monkeypatch.setattr(timing, "REPEATS", 3)
     monkeypatch.setattr(expert_speed, "WARM_UP", 1)
     check_results.forget()
     yield
@@ -43,8 +43,8 @@ def test_both_compute_the_same(triple):
 
 
 def test_every_number_of_rows_is_timed_with_medians(monkeypatch):
-    monkeypatch.setattr(kernel_speed, "SECONDS", 1e9)
-    timings = measure(SMALL, AFFINE)
+    monkeypatch.setattr(timing, "SECONDS", 1e9)
+    timings = measure_experts(SMALL, AFFINE)
     assert [t.rows for t in timings] == [1, 2, 4, 8]
     for t in timings:
         assert t.key == KEY and t.skipped == "" and t.stock_ms > 0 and t.fused_ms > 0
@@ -53,14 +53,14 @@ def test_every_number_of_rows_is_timed_with_medians(monkeypatch):
 
 def test_the_time_is_the_median_of_one_layer(monkeypatch):
     readings = iter([0, 9, 0, 1, 0, 5, 0, 3])  # the warm-up, then three
-    monkeypatch.setattr(expert_speed, "bounded", lambda once: [once() for _ in range(3)])
+    monkeypatch.setattr(expert_speed, "repeated", lambda once: [once() for _ in range(3)])
     monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
     assert expert_speed._milliseconds(SMALL, 1, lambda x, indices, scores: x + 1) == 1e3 * 3 / 2
 
 
 def test_what_does_not_fit_is_skipped_and_says_what_it_needs():
     large = Dims("large", 4096, 4096, 300, 2)
-    timings = measure(large, AFFINE, room=2 * 10**9)
+    timings = measure_experts(large, AFFINE, room=2 * 10**9)
     assert [t.skipped for t in timings] == ["needs 8.9 GB, 2.0 GB free"] * 4
     assert all(t.key == KEY.replace("256x512", "4096x4096") and t.ratio is None for t in timings)
 
@@ -70,7 +70,7 @@ def test_a_kernel_that_does_not_run_is_a_timing_that_says_so(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(FusedExperts, "weighted", broken)
-    assert {t.skipped for t in measure(SMALL, AFFINE)} == {"RuntimeError: no such kernel"}
+    assert {t.skipped for t in measure_experts(SMALL, AFFINE)} == {"RuntimeError: no such kernel"}
 
 
 def test_auto_is_told_where_stock_won():

@@ -1,4 +1,4 @@
-"""What decode attention moves, against the bytes that must move, and MLX's own attention in the same harness."""
+"""Traffic of decode attention against the bytes that must move, with MLX's own attention in the same harness."""
 
 import mlx.core as mx
 import numpy as np

@@ -10,9 +10,9 @@ import pytest
 
 from mlx_rotor.cache import parse
 from mlx_rotor.errors import RotorError
-from mlx_rotor.memory import room as rooms
 from mlx_rotor.memory.kv import kv_bytes
-from mlx_rotor.memory.room import GIB, RESERVE, gpu_limit, missing, ram_size, room, token_count
+from mlx_rotor.memory.room import GIB, RESERVE, gpu_limit, missing, room
+from mlx_rotor.memory.sizes import ram_size, token_count
 
 M27 = json.loads((Path(__file__).parents[2] / "examples" / "minimax_m27" / "config.json").read_text())
 
@@ -59,7 +59,7 @@ def test_what_would_be_enough():
     assert "iogpu.wired_limit_mb" in missing(found, 50_000_000_000)
 
 
-@pytest.mark.parametrize(("text", "value"), [("128GB", 128), ("36 gib", 36), ("192G", 192), ("16", 16)])
+@pytest.mark.parametrize(("text", "value"), [("128GB", 128), ("36 gib", 36), ("192G", 192)])
 def test_ram_is_binary(text, value):
     assert ram_size(text) == value * 2**30
 
@@ -69,9 +69,9 @@ def test_tokens(text, value):
     assert token_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1.5GB", "128TB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0GB", "1.5GB", "128TB"])
 def test_what_is_no_ram_is_refused(text):
     with pytest.raises(RotorError, match="RAM"):
         ram_size(text)
     with pytest.raises(RotorError, match="tokens"):
-        rooms.token_count(text or "K")
+        token_count(text or "K")

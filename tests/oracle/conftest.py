@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from traces import Trace
 
-from mlx_rotor.quant import job
+from mlx_rotor.quant import quantize
 from mlx_rotor.quant.policy import load
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def quantized(checkpoint: Path) -> Callable[[str], nn.Module]:
     @cache
     def made(policy: str) -> nn.Module:
         out = checkpoint.with_name(policy)
-        job.quantize(checkpoint, out, load(policy))
+        quantize(checkpoint, out, load(policy))
         return mlx_side.load(out)
 
     return made

@@ -11,11 +11,11 @@ from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quality import card, evaluation
 from mlx_rotor.quality.card import pm
-from mlx_rotor.quality.evaluation import Evaluation, Row
+from mlx_rotor.quality.evaluation import CheckpointRow, Evaluation
 from mlx_rotor.quality.metrics import Divergence, Estimate
 from mlx_rotor.quality.sample import Size, bundled
-from mlx_rotor.quality.streamed import Quality, Streamed
-from mlx_rotor.quant import job, policy
+from mlx_rotor.quality.streamed import Quality, SourceReference
+from mlx_rotor.quant import Recipe, dry_run, policy, quantize
 
 
 def quality(domain, kl, agreement=0.845, windows=16):
@@ -72,8 +72,12 @@ MADE = {
     ],
     "plan_sha256": "beef" * 16,
 }
-OWN = Row("rotor-86", 86_199_123_456, 228_689_764_864, "best", True, (quality("code", 0.0612), quality("prose", 0.141)))
-OTHER = Row("config-i", 92_871_000_000, 228_689_764_864, "best", True, (quality("code", 0.211), quality("prose", 0.36)))
+OWN = CheckpointRow(
+    "rotor-86", 86_199_123_456, 228_689_764_864, "best", True, (quality("code", 0.0612), quality("prose", 0.141))
+)
+OTHER = CheckpointRow(
+    "config-i", 92_871_000_000, 228_689_764_864, "best", True, (quality("code", 0.211), quality("prose", 0.36))
+)
 EVALUATION = Evaluation("MiniMax-M2", False, OWN, (OTHER,), MACHINE)
 CARD = card.Card("org/name", "MiniMaxAI/MiniMax-M2", {"license": "mit"}, MADE, EVALUATION)
 
@@ -156,12 +160,11 @@ def checkpoint(tmp_path_factory):
     """The bundled model quantized, measured on a little text, compared with another policy, and its card written."""
     root = tmp_path_factory.mktemp("card")
     out, said = root / "out", []
-    made = job.quantize(MODEL, out, policy.load("uniform-4bit"), fit="fast")
-    with Streamed(MODEL, bundled(), Size(2, 16, 0, (), (), 0)) as streamed:
-        others = evaluation.compared(
-            streamed, [policy.load("uniform-2bit")], fit="fast", folder=root, progress=said.append
-        )
-        found = evaluation.evaluate(streamed, out, made.plan, fit="fast", calibrated=False, others=others)
+    made = quantize(MODEL, out, Recipe(policy.load("uniform-4bit"), fit="fast"))
+    with SourceReference(MODEL, bundled(), Size(2, 16, 0, (), (), 0)) as reference:
+        plan, _ = dry_run(MODEL, Recipe(policy.load("uniform-2bit")))
+        others = evaluation.compare_policies(reference, [plan], fit="fast", folder=root, progress=said.append)
+        found = evaluation.evaluate_checkpoint(reference, out, made.plan, fit="fast", calibrated=False, others=others)
     card.write(out, card.card_of(out, found, source=MODEL))
     return out, found, said
 
@@ -192,10 +195,11 @@ def test_too_little_disk_is_said_before_anything_is_made(monkeypatch, tmp_path):
     class Full:
         free = 1000
 
-    with Streamed(MODEL, bundled()[:1], Size(1, 8, 0, (), (), 0)) as streamed:
+    with SourceReference(MODEL, bundled()[:1], Size(1, 8, 0, (), (), 0)) as reference:
         monkeypatch.setattr(evaluation.shutil, "disk_usage", lambda place: Full)
         with pytest.raises(RotorError, match=r"uniform-8bit needs .* MB for a while"):
-            evaluation.compared(streamed, [policy.load(f"uniform-{n}bit") for n in (2, 8, 3)], folder=tmp_path)
+            plans = [dry_run(MODEL, Recipe(policy.load(f"uniform-{n}bit")))[0] for n in (2, 8, 3)]
+            evaluation.compare_policies(reference, plans, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

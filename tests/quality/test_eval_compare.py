@@ -13,10 +13,10 @@ from mlx_rotor.bundled import held_out_text
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quality import compare as module
 from mlx_rotor.quality import score
-from mlx_rotor.quality import score as spool_module
+from mlx_rotor.quality import score as score_module
 from mlx_rotor.quality.compare import compare
-from mlx_rotor.quality.footprint import Caches
-from mlx_rotor.quality.model import Subject, Target
+from mlx_rotor.quality.footprint import MeasuredCaches
+from mlx_rotor.quality.model import EvaluatedModel, NamedModel
 from mlx_rotor.quality.sample import Size, draw, draw_windows, encode
 from mlx_rotor.quality.score import FLOAT32_LIMIT
 
@@ -47,8 +47,8 @@ def test_rows_are_models_by_schemes_in_the_order_given(report):
         ("other", "exact"),
     ]
     assert [r.is_reference for r in report.rows] == [False, True, False, False]
-    assert (report.basis.reference, report.basis.reference_weights) == ("a", "float32")
-    assert report.basis.spool_bytes == 4 * 224 * 2048 * 4
+    assert (report.conditions.reference, report.conditions.reference_weights) == ("a", "float32")
+    assert report.conditions.spool_bytes == 4 * 224 * 2048 * 4
 
 
 def test_perplexity_is_exp_of_the_cross_entropy(report, checkpoints):
@@ -95,13 +95,13 @@ def test_memory_is_what_the_caches_hold(report):
 
 @pytest.mark.parametrize("limit", [FLOAT32_LIMIT, 0])
 def test_a_configuration_has_no_divergence_from_itself(checkpoints, monkeypatch, limit):
-    monkeypatch.setattr(spool_module, "FLOAT32_LIMIT", limit)
-    subject = Subject(Target.parse(str(checkpoints["a"])))
-    sample = draw(subject.tokenizer, held_out_text(), SIZE, subject.context)
-    caches = Caches(subject, "exact", {})
-    with spool_module.Spool() as spool:
-        reference = score.read_reference(subject.model, caches, sample, 64, spool, lambda n: None)
-        nll, found = score.compare_windows(subject.model, caches, sample, 64, reference, lambda n: None)
+    monkeypatch.setattr(score_module, "FLOAT32_LIMIT", limit)
+    evaluated = EvaluatedModel(NamedModel.parse(str(checkpoints["a"])))
+    sample = draw(evaluated.tokenizer, held_out_text(), SIZE, evaluated.context)
+    caches = MeasuredCaches(evaluated, "exact", {})
+    with score_module.LogProbFile() as log_probs:
+        reference = score.read_reference(evaluated.model, caches, sample, 64, log_probs, lambda n: None)
+        nll, found = score.compare_windows(evaluated.model, caches, sample, 64, reference, lambda n: None)
     np.testing.assert_array_equal(nll, reference.nll)
     assert found.agreement.value == 1
     assert found.max == 0 if limit else 0 < found.max < 1e-5
@@ -111,14 +111,14 @@ def test_against_a_model_that_is_no_row(checkpoints):
     size = SIZE.with_(greedy=0)
     found = compare([f"x={checkpoints['a']}"], ["exact"], against=f"y={checkpoints['b']}", size=size)
     assert [(r.label, r.is_reference) for r in found.rows] == [("x", False)]
-    assert found.basis.reference == "y" and found.rows[0].divergence.mean.value > 0.01
+    assert found.conditions.reference == "y" and found.rows[0].divergence.mean.value > 0.01
     assert "Reference: y, float32" in found.markdown() and "greedily" not in found.markdown()
 
 
 def test_every_model_is_loaded_once_and_the_reference_run_once(checkpoints, monkeypatch):
     loaded, ran = [], []
 
-    class Counted(module.Subject):
+    class Counted(module.EvaluatedModel):
         def __init__(self, target):
             loaded.append(target.label)
             super().__init__(target)
@@ -129,7 +129,7 @@ def test_every_model_is_loaded_once_and_the_reference_run_once(checkpoints, monk
         ran.append(caches._kv)
         return predictions(model, caches, sample, chunk)
 
-    monkeypatch.setattr(module, "Subject", Counted)
+    monkeypatch.setattr(module, "EvaluatedModel", Counted)
     monkeypatch.setattr(module.score, "predictions", counted)
     size = SIZE.with_(windows=1, needles=0, greedy=0)
     compare([str(checkpoints["b"])], ["turbo4"], against=str(checkpoints["a"]), size=size)
@@ -192,12 +192,12 @@ def test_another_tokenizer_is_refused(checkpoints, tmp_path):
 def test_targets(checkpoints, tmp_path):
     a = str(checkpoints["a"])
     (tmp_path / "link").symlink_to(a)
-    assert Target.parse(str(tmp_path / "link")).path == a, "a link is the same model"
-    assert Target.parse(a) == Target("a", a)
-    assert Target.parse(f"my model={a}") == Target("my model", a)
-    assert Target.parse("FP8=bundled").label == "FP8"
-    assert Target.parse(None).where == "bundled" and Target.parse(a).where == a
-    assert Target.parse(None) == Target.parse("bundled")
-    assert Target.parse("someone/model-4bit") == Target("someone/model-4bit", "someone/model-4bit")
-    alike = [Target("m", "/x/m"), Target("m", "/y/m"), Target("m", "/x/m"), Target("n", "/n")]
-    assert module.unique(alike) == [Target("/x/m", "/x/m"), Target("/y/m", "/y/m"), Target("n", "/n")]
+    assert NamedModel.parse(str(tmp_path / "link")).path == a, "a link is the same model"
+    assert NamedModel.parse(a) == NamedModel("a", a)
+    assert NamedModel.parse(f"my model={a}") == NamedModel("my model", a)
+    assert NamedModel.parse("FP8=bundled").label == "FP8"
+    assert NamedModel.parse(None).where == "bundled" and NamedModel.parse(a).where == a
+    assert NamedModel.parse(None) == NamedModel.parse("bundled")
+    assert NamedModel.parse("someone/model-4bit") == NamedModel("someone/model-4bit", "someone/model-4bit")
+    alike = [NamedModel("m", "/x/m"), NamedModel("m", "/y/m"), NamedModel("m", "/x/m"), NamedModel("n", "/n")]
+    assert module.unique(alike) == [NamedModel("/x/m", "/x/m"), NamedModel("/y/m", "/y/m"), NamedModel("n", "/n")]

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quality import score as module
-from mlx_rotor.quality.score import Spool
+from mlx_rotor.quality.score import LogProbFile
 
 
 @pytest.fixture
@@ -22,27 +22,30 @@ def rows():
 
 
 def test_float32_comes_back_to_the_bit(folder, rows):
-    with Spool() as spool:
-        spool.reserve(10, 33)
-        assert spool.bytes == 10 * 33 * 4
-        spool.append(rows[:4])
-        spool.append(rows[4:])
-        np.testing.assert_array_equal(spool.read(0, 10), rows)
-        np.testing.assert_array_equal(spool.read(3, 7), rows[3:7])
+    with LogProbFile() as log_probs:
+        log_probs.reserve(10, 33)
+        assert log_probs.bytes == 10 * 33 * 4
+        log_probs.append(rows[:4])
+        log_probs.append(rows[4:])
+        np.testing.assert_array_equal(log_probs.read(0, 10), rows)
+        np.testing.assert_array_equal(log_probs.read(3, 7), rows[3:7])
         assert os.listdir(folder) == [], "a named file would outlive a killed process"
 
 
 def test_float16_above_the_limit(folder, rows, monkeypatch):
     monkeypatch.setattr(module, "FLOAT32_LIMIT", 10 * 33 * 4 - 1)
-    with Spool() as spool:
-        spool.reserve(10, 33)
-        assert (spool.dtype, spool.bytes) == (np.float16, 10 * 33 * 2)
-        spool.append(rows)
-        np.testing.assert_array_equal(spool.read(2, 5), rows[2:5].astype(np.float16))
+    with LogProbFile() as log_probs:
+        log_probs.reserve(10, 33)
+        assert (log_probs.dtype, log_probs.bytes) == (np.float16, 10 * 33 * 2)
+        log_probs.append(rows)
+        np.testing.assert_array_equal(log_probs.read(2, 5), rows[2:5].astype(np.float16))
 
 
 def test_a_disk_too_small_is_refused_before_writing(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with Spool() as spool, pytest.raises(RotorError, match=r"need 0\.80 GB .* 0\.00 GB are free; use fewer --windows"):
-        spool.reserve(1000, 200_000)
+    with (
+        LogProbFile() as log_probs,
+        pytest.raises(RotorError, match=r"need 0\.80 GB .* 0\.00 GB are free; use fewer --windows"),
+    ):
+        log_probs.reserve(1000, 200_000)

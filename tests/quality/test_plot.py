@@ -13,7 +13,7 @@ from mlx_rotor.errors import RotorError
 from mlx_rotor.quality import plot
 from mlx_rotor.quality.footprint import Footprint
 from mlx_rotor.quality.metrics import Divergence, Estimate
-from mlx_rotor.quality.report import Basis, Report, Row
+from mlx_rotor.quality.report import ComparisonRow, Conditions, Report
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,15 +22,15 @@ def row(kv, bits, kl, path="/m", codecs=None):
     codecs = (f"{kv}/{kv}", "turbo4/turbo4" if kv.startswith("turbo") else f"{kv}/{kv}") if codecs is None else codecs
     divergence = None if kl is None else Divergence(Estimate(kl, kl / 10), kl, kl, (kl,), Estimate(0.9, None))
     footprint = Footprint(100, 1000, 2000, 10.0, bits, codecs, 8, 8, 1, 0)
-    return Row(
+    return ComparisonRow(
         "m", path, "", "float32", kv, kl is None, Estimate(8.0, 0.1), None, divergence, None, {}, {}, footprint, 1.0
     )
 
 
 def report(*rows):
-    names = [f.name for f in dataclasses.fields(Basis)]
+    names = [f.name for f in dataclasses.fields(Conditions)]
     basis = dict.fromkeys(names, 0) | {"reference": "m", "reference_path": "/m", "windows": 3, "window": 64}
-    return Report(Basis(**basis), list(rows), {}, 1.0)
+    return Report(Conditions(**basis), list(rows), {}, 1.0)
 
 
 ROWS = [

@@ -61,7 +61,7 @@ def test_an_interrupted_table_goes_on(checkpoints, tmp_path, counted):
     counted.stop = None
     resumed = measure(checkpoints["a"], file)
     assert counted == ["exact", "turbo4"], "the reference's windows again, and the row that is missing"
-    assert figures(resumed) == figures(whole) and resumed.basis == whole.basis and resumed.missing == ()
+    assert figures(resumed) == figures(whole) and resumed.conditions == whole.conditions and resumed.missing == ()
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
     counted.clear()
     assert figures(measure(checkpoints["a"], file)) == figures(whole) and counted == []
@@ -71,7 +71,7 @@ def test_reading_gives_what_was_written(checkpoints, tmp_path):
     file = tmp_path / "table.json"
     report = compare([f"m={checkpoints['a']}"], SCHEMES, size=SIZE.with_(greedy=1), protection=KEPT, file=file)
     read = record.read(file)
-    assert read.rows == report.rows and read.basis == report.basis
+    assert read.rows == report.rows and read.conditions == report.conditions
     assert read.rows[1].greedy is not None
     again = read.markdown().splitlines()
     assert again[:-1] == report.markdown().splitlines()[:-1], "all but the line with the seconds"

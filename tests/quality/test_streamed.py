@@ -16,7 +16,7 @@ from mlx_rotor.errors import RotorError
 from mlx_rotor.host.skeleton import parameters, skeleton
 from mlx_rotor.quality.compare import compare
 from mlx_rotor.quality.sample import Domain, Size, bundled
-from mlx_rotor.quality.streamed import Streamed
+from mlx_rotor.quality.streamed import SourceReference
 
 SIZE = Size(3, 32, needles=0, lengths=(), depths=(), chats=0, chunk=32)
 
@@ -54,8 +54,8 @@ def quantized(source):
 @pytest.fixture(scope="module")
 def found(source, quantized):
     said = []
-    with Streamed(source, bundled(), SIZE, batch=70, progress=lambda *step: said.append(step)) as streamed:
-        return streamed.measure(quantized), streamed.measure(source), said
+    with SourceReference(source, bundled(), SIZE, batch=70, progress=lambda *step: said.append(step)) as reference:
+        return reference.compare(quantized), reference.compare(source), said
 
 
 def same(here, there, rtol=2e-4):
@@ -79,8 +79,8 @@ def test_it_is_what_compare_finds(found, source, quantized):
 
 
 def test_whole_models_give_the_same(found, source, quantized):
-    with Streamed(source, bundled(), SIZE, whole=True) as streamed:
-        for here, there in zip(found[0], streamed.measure(quantized), strict=True):
+    with SourceReference(source, bundled(), SIZE, whole=True) as reference:
+        for here, there in zip(found[0], reference.compare(quantized), strict=True):
             same(here, there)
             assert (here.domain, here.text_digest) == (there.domain, there.text_digest)
 
@@ -109,8 +109,8 @@ def test_memory_is_that_of_a_layers_dense_part_and_an_expert(tmp_path):
     gc.collect()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    with Streamed(source, bundled()[:1], Size(1, 16, 0, (), (), 0)) as streamed:
-        streamed.measure(tmp_path / "out")
+    with SourceReference(source, bundled()[:1], Size(1, 16, 0, (), (), 0)) as reference:
+        reference.compare(tmp_path / "out")
     assert size > 120e6 and mx.get_peak_memory() - before < 0.1 * size
 
 
@@ -125,8 +125,8 @@ def test_progress_says_what_runs(found, quantized):
 
 
 def test_the_fp8_source_is_read_too():
-    with Streamed(MODEL, bundled()[:1], Size(1, 64, 0, (), (), 0)) as streamed:
-        found = streamed.measure(MODEL)
+    with SourceReference(MODEL, bundled()[:1], Size(1, 64, 0, (), (), 0)) as reference:
+        found = reference.compare(MODEL)
     assert found[0].divergence.mean.value == 0 and 2 < found[0].source.value < 40
 
 
@@ -138,21 +138,21 @@ def test_mistakes_are_named(source, quantized, tmp_path):
     del weights["model.norm.weight"]
     mx.save_safetensors(str(lost / "model.safetensors"), weights)
     with (
-        Streamed(source, bundled()[:1], Size(1, 16, 0, (), (), 0)) as streamed,
+        SourceReference(source, bundled()[:1], Size(1, 16, 0, (), (), 0)) as reference,
         pytest.raises(RotorError, match=r"model.norm.weight is not there; .*--check"),
     ):
-        streamed.measure(lost)
+        reference.compare(lost)
     with pytest.raises(RotorError, match="no text"):
-        Streamed(source, [])
+        SourceReference(source, [])
     with pytest.raises(RotorError, match="has 2 tokens"):
-        Streamed(source, [Domain("short", "a b", "nothing")], SIZE)
+        SourceReference(source, [Domain("short", "a b", "nothing")], SIZE)
     other = tmp_path / "other"
     shutil.copytree(quantized, other)
     table = json.loads((other / "tokenizer.json").read_text())
     table["model"]["merges"] = table["model"]["merges"][:50]
     (other / "tokenizer.json").write_text(json.dumps(table))
     with (
-        Streamed(source, bundled()[:1], Size(1, 16, 0, (), (), 0)) as streamed,
+        SourceReference(source, bundled()[:1], Size(1, 16, 0, (), (), 0)) as reference,
         pytest.raises(RotorError, match="tokenizer is not that of"),
     ):
-        streamed.measure(other)
+        reference.compare(other)

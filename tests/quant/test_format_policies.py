@@ -9,7 +9,7 @@ import zoo_configs
 from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts import formats
-from mlx_rotor.quant.budget import planned, report
+from mlx_rotor.quant.budget import report
 from mlx_rotor.quant.folding.folds import feeding
 from mlx_rotor.quant.job import manifest
 from mlx_rotor.quant.plan import make_plan, read_config
@@ -200,7 +200,7 @@ def test_policies_of_mlxs_formats_name_no_file():
 
 def test_a_budget_decides_on_affine_weights_alone():
     text = '[budget]\nbits_per_weight = 5.2\n[[rule]]\nroles = ["expert.gate"]\nmode = "lloyd"\nbits = 2\n'
-    plan = planned(read_config(MODEL), parse(text + '[[rule]]\nroles = ["*"]\nbits = 4', "p"))
+    plan = Recipe(parse(text + '[[rule]]\nroles = ["*"]\nbits = 4', "p")).plan(read_config(MODEL))
     assert {e.spec for e in plan.entries if e.role == "expert.gate"} == {Spec(2, 256, "lloyd")}
     assert len({e.spec for e in plan.entries if e.spec and e.spec.mode == "affine"}) > 1
 

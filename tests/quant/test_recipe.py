@@ -4,15 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
+from quantizing import quantize
 
 from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant import Policy, job, planned
+from mlx_rotor.quant import Policy, Recipe, dry_run
 from mlx_rotor.quant import policy as policies
-from mlx_rotor.quant.budget import TooSmall, file_bytes, sensitivity
+from mlx_rotor.quant.budget import TooSmall, sensitivity
 from mlx_rotor.quant.plan import make_plan, read_config
-from mlx_rotor.quant.recipe import BUNDLED, Recipe
-from mlx_rotor.quant.spec import Budget
+from mlx_rotor.quant.shards import file_bytes
+from mlx_rotor.quant.source import open_folder
+from mlx_rotor.quant.spec import BUNDLED, Budget
 
 CONFIG = read_config(bundled.MODEL)
 SHARD = 4_000_000_000
@@ -32,10 +34,10 @@ def test_a_policy_with_a_budget_is_solved_wherever_it_is_given(tmp_path):
     start, target = make_plan(CONFIG, BUDGETED), int(5.0 * make_plan(CONFIG, BUDGETED).parameters / 8)
     assert not 0.98 * target < size(start) <= target
     plans = {
-        "planned": planned(CONFIG, BUDGETED),
-        "dry run": job.dry_run(bundled.MODEL, BUDGETED)[0],
-        "recipe": Recipe(BUDGETED).plan()(CONFIG, {}),
-        "job": job.quantize(bundled.MODEL, tmp_path / "out", BUDGETED, fit="fast").plan,
+        "resolved": Recipe(BUDGETED).resolve(open_folder(bundled.MODEL)),
+        "dry run": dry_run(bundled.MODEL, Recipe(BUDGETED))[0],
+        "recipe": Recipe(BUDGETED).plan(CONFIG),
+        "job": quantize(bundled.MODEL, tmp_path / "out", BUDGETED, fit="fast").plan,
     }
     for name, plan in plans.items():
         assert 0.98 * target < size(plan) <= target, name
@@ -43,18 +45,18 @@ def test_a_policy_with_a_budget_is_solved_wherever_it_is_given(tmp_path):
     made = json.loads((tmp_path / "out" / "mlx_rotor.json").read_text())
     prior = sensitivity.prior(start, "fast")
     assert made["budget"] == {"bytes": target, "sensitivities": {"source": "prior", "sha256": prior.digest}}
-    assert planned(CONFIG, replace(BUDGETED, budget=None)).solved is None
+    assert Recipe(replace(BUDGETED, budget=None)).plan(CONFIG).solved is None
 
 
 def test_a_budget_that_nothing_meets_is_refused_with_the_least_size():
     with pytest.raises(TooSmall, match=r"policy rotor-86 needs 4\.307 MB") as found:
-        job.quantize(bundled.MODEL, "/nowhere", policies.load("rotor-86"))
+        quantize(bundled.MODEL, "/nowhere", policies.load("rotor-86"))
     assert found.value.least == 4_306_792
 
 
 def test_a_budget_goes_before_the_policys_own():
     recipe = Recipe(BUDGETED, budget=Budget(bits_per_weight=6.0))
-    assert recipe.target.bits_per_weight == 6.0 and size(recipe.plan()(CONFIG, {})) > size(planned(CONFIG, BUDGETED))
+    assert recipe.target.bits_per_weight == 6.0 and size(recipe.plan(CONFIG)) > size(Recipe(BUDGETED).plan(CONFIG))
 
 
 def test_sensitivities_choose_other_bits(tmp_path):
@@ -63,7 +65,7 @@ def test_sensitivities_choose_other_bits(tmp_path):
     module = "model.layers.4.self_attn.q_proj"
     costs = {**prior.costs, module: {spec: 1e6 * cost for spec, cost in prior.costs[module].items()}}
     replace(prior, source="mine", costs=costs).write(file)
-    found = Recipe(BUDGETED, sensitivities=file).plan()(CONFIG, {})
+    found = Recipe(BUDGETED, sensitivities=file).plan(CONFIG)
     bits = {entry.module: entry.spec.bits for entry in found.entries if entry.spec}
     assert bits[module] == 8 and found.solved.sensitivities == "mine" and size(found) <= found.solved.nbytes
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
+from quantizing import quantize
 
 import zoo_configs
-from mlx_rotor.quant import job
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import parse
 from mlx_rotor.quant.source import Checkpoint
@@ -67,7 +67,7 @@ def test_stock_mlx_lm_loads_what_a_job_made(tmp_path, model_type):
     else:
         reference = dict(tree_flatten(load_model(source)[0].parameters()))
 
-    result = job.quantize(source, out, POLICY, fit="fast", shard_bytes=100_000)
+    result = quantize(source, out, POLICY, fit="fast", shard_bytes=100_000)
     model, _ = load_model(out)
     stored = dict(tree_flatten(model.parameters()))
     modules = dict(model.named_modules())

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from quantizing import quantize
 
 from mlx_rotor.bundled import MODEL
-from mlx_rotor.quant import job
 from mlx_rotor.quant.policy import load
 
 READER = """
@@ -41,7 +41,7 @@ print(json.dumps({"text": text, "modules": modules, "dtypes": dtypes}))
 def read(tmp_path_factory):
     """The bundled model under Config-I, and what stock mlx_lm makes of it."""
     out = tmp_path_factory.mktemp("stock") / "out"
-    result = job.quantize(MODEL, out, load("config-i"), shard_bytes=3_000_000)
+    result = quantize(MODEL, out, load("config-i"), shard_bytes=3_000_000)
     assert len(result.files) > 1
     done = subprocess.run([sys.executable, "-c", READER, str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

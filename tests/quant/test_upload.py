@@ -10,11 +10,12 @@ import mlx_lm
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
+from quantizing import quantize
 from upload_hub import UploadHub
 
 from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant import job, policy, upload
+from mlx_rotor.quant import policy, upload
 from mlx_rotor.quant.check import check
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -23,7 +24,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("upload") / "out"
-    job.quantize(MODEL, out, policy.load("uniform-4bit"), fit="fast", shard_bytes=2_000_000)
+    quantize(MODEL, out, policy.load("uniform-4bit"), fit="fast", shard_bytes=2_000_000)
     (out / "README.md").write_text("---\nlibrary_name: mlx\n---\n# card\n")
     (out / "notes.txt").write_text("not of the checkpoint")
     (out / "model-00001-of-00009.safetensors.tmp").write_bytes(b"left over")

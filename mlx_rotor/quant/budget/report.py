@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...tables import text
 from ..fit import relative_error
 from ..plan import Entry, Plan
 from ..policy import Spec
-from . import file_bytes
+from ..shards import file_bytes
 
 PLAIN = "fast"  # the fit that is MLX's own
 
@@ -107,18 +108,10 @@ def table(summaries: Sequence[Summary]) -> str:
         f"error, {summaries[0].fit}",
     ]
     head += ["attention", "embed", "head"]
-    lines = [head]
+    lines = []
     for s in summaries:
         stacks = ", ".join(f"{count} x {spec}" for spec, count in s.stacks.items())
         sizes = [f"{s.nbytes / decimal:.3f}", f"{s.nbytes / binary:.2f}", f"{s.bits_per_weight:.4f}"]
         errors = [f"{s.plain:.4f}", f"{s.fitted:.4f}"]
         lines.append([s.name, *sizes, stacks, *errors, s.attention, s.embed, s.head])
-    wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    left = {0, 4, 7, 8, 9}
-    rows = (
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, wide, strict=True))
-        )
-        for line in lines
-    )
-    return "\n".join(row.rstrip() for row in rows)
+    return text(head, lines, left=(0, 4, 7, 8, 9))

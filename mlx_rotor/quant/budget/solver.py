@@ -6,17 +6,15 @@ Knows what a weight costs from `sensitivity` and what it weighs from the plan; r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...errors import RotorError
-from ..job import weight_files
-from ..job.stream import SHARD_BYTES
-from ..plan import Entry, Plan, Solved, decimal, make_plan
-from ..policy import Policy, Spec
+from ..plan import Entry, Plan, Solved, decimal
+from ..policy import Spec
+from ..shards import file_bytes
 from .knapsack import Infeasible, Option, choose
-from .sensitivity import Sensitivities, prior
+from .sensitivity import Sensitivities
 
 
 class TooSmall(RotorError):
@@ -33,11 +31,6 @@ class Choice:
 
     entry: Entry
     specs: tuple[Spec, ...]
-
-
-def file_bytes(plan: Plan, shard_bytes: int) -> int:
-    """Bytes of the plan's weight files to the last one, headers included; index, config and tokenizer are not."""
-    return weight_files.size(weight_files.cut(plan, shard_bytes))
 
 
 def worth(specs: Sequence[Spec]) -> tuple[Spec, ...]:
@@ -90,25 +83,6 @@ def solve(plan: Plan, target: int, sensitivities: Sensitivities, *, shard_bytes:
         if excess <= 0:
             return replace(solved, solved=basis)
         fixed += excess  # a header's length depends on how many digits its offsets have
-
-
-def planned(
-    config: Mapping[str, Any],
-    policy: Policy,
-    dtypes: Mapping[str, str] | None = None,
-    *,
-    fit: str = "search",
-    shard_bytes: int = SHARD_BYTES,
-) -> Plan:
-    """The plan under a policy, as `make_plan`; solved by the prior where the policy has a budget.
-
-    Raises:
-        RotorError: as `make_plan` and `solve`.
-    """
-    plan = make_plan(config, policy, dtypes)
-    if policy.budget is None:
-        return plan
-    return solve(plan, policy.budget.bytes_for(plan.parameters), prior(plan, fit), shard_bytes=shard_bytes)
 
 
 def _affine(plan: Plan, entry: Entry) -> list[Spec]:

@@ -1,6 +1,6 @@
-"""A quantize job: streams through a fit into files, keeps a journal, and goes on after whatever stopped it."""
+"""A quantize job: carries out a plan through a fit into files, and goes on after whatever stopped it."""
 
-from .run import GuideFactory, PlanFactory, Result
-from .start import SHARD_BYTES, dry_run, finished, quantize
+from .run import GuideFactory, Result
+from .start import check, commit_of, execute, finished
 
-__all__ = ["SHARD_BYTES", "GuideFactory", "PlanFactory", "Result", "dry_run", "finished", "quantize"]
+__all__ = ["GuideFactory", "Result", "check", "commit_of", "execute", "finished"]

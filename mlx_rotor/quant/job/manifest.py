@@ -21,8 +21,7 @@ from ...files import write_bytes, write_json
 from ..guide import Guide
 from ..plan import Entry, Plan, Row
 from ..policy import Spec
-from ..source import INDEX
-from ..source.origin import Origin
+from ..source import INDEX, Source
 from .journal import Journal
 
 PROVENANCE = "mlx_rotor.json"
@@ -157,8 +156,7 @@ class Made:
     """What the written files are of. `files`: the entries by weight file, `extra`: files to copy."""
 
     plan: Plan
-    source: str
-    origin: Origin
+    source: Source
     config: Mapping[str, Any]
     fit: str
     guide: Guide
@@ -181,8 +179,8 @@ def write(out: Path, made: Made, journal: Journal) -> Outcome:
         rows[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     provenance = provenance_of(
         made.plan,
-        source=made.source,
-        source_files=made.origin.provenance,
+        source=made.source.name,
+        source_files=made.source.provenance,
         fit=made.fit,
         calibration=made.guide.describe() or None,
         errors=outcome.errors,

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from ...errors import RotorError
+from .. import shards
+from ..events import Reporter
 from ..guide import Guide, Unguided
 from ..plan import Entry, Plan, read_config
-from ..policy import Policy
-from ..source import INDEX, Checkpoint, companions, is_repository
-from ..source.origin import Origin
+from ..source import INDEX, Checkpoint, Source, companions
 from . import journal, manifest, stream, weight_files, workplace
-from .workers import Reporter, Workers
+from .workers import Workers
 from .workplace import Workplace
 
 # What may have to be done again after a crash, beside the units that were being worked on.
@@ -28,7 +27,6 @@ COMMIT_BYTES = 256_000_000  # of output
 COMMIT_SECONDS = 30.0
 
 Task = tuple[Entry, stream.Piece]
-PlanFactory = Callable[[Mapping[str, Any], Mapping[str, str]], Plan]  # of config.json and the source's dtypes by name
 GuideFactory = Callable[[Checkpoint, Plan, Path], Guide]  # with the work folder, which lives as long as the job
 
 
@@ -49,63 +47,34 @@ class Result:
     resumed: int = 0
 
 
-def planned(
-    plan: Plan | Policy | PlanFactory,
-    config: Mapping[str, Any],
-    dtypes: Mapping[str, str] | None,
-    fit: str,
-    shard_bytes: int,
-) -> Plan:
-    """The plan for a checkpoint; RotorError as `budget.planned`."""
-    from ..budget import planned  # which cuts its files as a job does, with `stream`
-
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, Policy):
-        return planned(config, plan, dtypes, fit=fit, shard_bytes=shard_bytes)
-    return plan(config, dtypes or {})
-
-
-def source_name(model: str | Path) -> str:
-    """What the output calls its source: a repository, or a folder without where it was."""
-    return str(model) if is_repository(model) else Path(model).resolve().name
-
-
 class Run:
     """One run of a job over what is left of it. Made only if all that can be checked beforehand is right."""
 
     def __init__(
         self,
-        model: str | Path,
+        source: Source,
         place: Workplace,
-        origin: Origin,
-        plan: Plan | Policy | PlanFactory,
+        plan: Plan,
         fit: str,
-        guide: Guide | GuideFactory | None,
+        guide: GuideFactory | None,
         shard_bytes: int,
         reporter: Reporter,
     ) -> None:
-        self.place, self.origin, self.fit, self.reporter = place, origin, fit, reporter
-        self.name = source_name(model)
-        self.checkpoint = origin.checkpoint
-        self.config = read_config(origin.folder)
-        self.plan = planned(plan, self.config, self.checkpoint.dtypes, fit, shard_bytes)
-        self.checkpoint.verify(self.plan)
+        self.source, self.place, self.plan, self.fit, self.reporter = source, place, plan, fit, reporter
+        self.checkpoint = source.checkpoint
+        self.config = read_config(source.folder)
+        self.checkpoint.verify(plan)
+        source.place(place.work, place.fetching, reporter)
         self.groups = [list(group) for _, group in groupby(self.plan.entries, key=lambda entry: entry.layer)]
-        self.files = weight_files.cut(self.plan, shard_bytes)
-        self.extra = companions(origin.folder)
+        self.files = shards.cut(self.plan, shard_bytes)
+        self.extra = companions(source.folder)
         for path in self.extra:
             if not os.access(path, os.R_OK):
                 raise RotorError(f"{path}: can't be read; it is to be copied into the output")
         beside = [*(p.name for p in self.extra), *manifest.formats_file(self.config, self.plan)]
         place.names = [*beside, *self.files, INDEX, manifest.PROVENANCE, "config.json"]
         self._check_disk(0)
-        if guide is None:
-            self.guide: Guide = Unguided(self.checkpoint)
-        elif callable(guide) and not hasattr(guide, "layer"):
-            self.guide = guide(self.checkpoint, self.plan, place.work)
-        else:
-            self.guide = guide  # type: ignore[assignment]
+        self.guide = Unguided(self.checkpoint) if guide is None else guide(self.checkpoint, plan, place.work)
         self._check_disk(self.guide.disk)
         self.job = {
             "format": 1,
@@ -116,7 +85,7 @@ class Run:
             "shard_bytes": shard_bytes,
             **manifest.versions(),
             "device": mx.default_device().type.name,
-            "source": origin.identity,
+            "source": source.identity,
         }
         self.piece = stream.GUIDED_PIECE if self.guide.digest else stream.PIECE
 
@@ -137,10 +106,8 @@ class Run:
                         self._layer(group, pool)
             finally:
                 self.weights.close()
-            self.origin.check()
-            made = manifest.Made(
-                self.plan, self.name, self.origin, self.config, self.fit, self.guide, self.files, self.extra
-            )
+            self.source.check()
+            made = manifest.Made(self.plan, self.source, self.config, self.fit, self.guide, self.files, self.extra)
             outcome = manifest.write(self.place.out, made, self.journal)
         finally:
             self.journal.close()
@@ -166,8 +133,8 @@ class Run:
 
     def _check_disk(self, beside: int) -> None:
         made = [self.place.out / f"{name}{end}" for name in self.files for end in ("", ".tmp")]
-        need = weight_files.size(self.files) - workplace.occupied(made) + sum(p.stat().st_size for p in self.extra)
-        workplace.check_disk(self.place.out, max(0, need) + self.origin.room(self.groups) + beside)
+        need = shards.size(self.files) - workplace.occupied(made) + sum(p.stat().st_size for p in self.extra)
+        workplace.check_disk(self.place.out, max(0, need) + self.source.room(self.groups) + beside)
 
     def _restore(self) -> int:
         bytes_of = self.checkpoint.source_bytes
@@ -178,8 +145,8 @@ class Run:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             self.reporter.tell("note", text=f"{wrong[0]}{more}: not on disk as the journal says; done again")
-        self.origin.begin([entry for entry in self.plan.entries if entry.module not in self.done])
-        self.origin.release([entry for entry in self.plan.entries if entry.module in self.done])
+        self.source.begin([entry for entry in self.plan.entries if entry.module not in self.done])
+        self.source.release([entry for entry in self.plan.entries if entry.module in self.done])
         return len(self.done)
 
     def _layer(self, group: Sequence[Entry], pool: Workers) -> None:
@@ -187,7 +154,7 @@ class Run:
         if not left:
             return
         try:
-            self.origin.check()
+            self.source.check()
             self.reporter.tell("layer", layer=group[0].layer)
             self._fit(left, stream.Fitting(*self.guide.layer(group[0].layer, group), self.fit), pool)
             self._commit()
@@ -197,12 +164,12 @@ class Run:
             if isinstance(e, (RotorError, OSError)):
                 self._blame_source(e)
             raise
-        self.origin.release(left)
+        self.source.release(left)
 
     def _blame_source(self, error: Exception) -> None:
         """Raises RotorError if the source changed, of which `error` is then only a sign."""
         try:
-            self.origin.check()
+            self.source.check()
         except RotorError as changed:
             raise changed from error
 
@@ -246,7 +213,7 @@ class Run:
                 self._commit()
                 uncommitted, since = 0, self.reporter.seconds
 
-        pool.each(work, bundles, done, self.origin.stop)
+        pool.each(work, bundles, done, self.source.stop)
 
     def _unit(self, entry: Entry, found: dict[int, stream.Done], seconds: float) -> journal.Unit:
         ordered = [found[number] for number in sorted(found)]
@@ -261,6 +228,6 @@ class Run:
         )
 
     def _commit(self) -> None:
-        self.origin.check()  # units made of a source that changed don't count
+        self.source.check()  # units made of a source that changed don't count
         self.weights.commit()
         self.place.keep = self.place.keep or bool(self.journal.units)

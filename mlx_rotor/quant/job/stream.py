@@ -14,11 +14,10 @@ import numpy as np
 from ...errors import RotorError
 from ..fit import Hessian, fit, squared_error, sum_of_squares
 from ..guide import Statistics, Weights
-from ..plan import Entry, Output, Plan
+from ..plan import Entry, Output
 from ..policy import FIXED
 from ..safetensors_io import ShardWriter
 
-SHARD_BYTES = 4_000_000_000  # a weight file at most
 PIECE = 5 << 20  # weights read at a time: all rows of a usual expert, 20 MiB in float32
 GUIDED_PIECE = 1 << 25  # with statistics: error feedback works on a whole [K, K] matrix again for every piece
 SAMPLE = 16  # under `fast`, which is done sooner than its error is known, one piece in this many is measured
@@ -60,19 +59,6 @@ def pieces(entry: Entry, block_rows: int, limit: int | None = None) -> Iterator[
         for start in range(0, rows, step):
             yield Piece(number, part, start, min(start + step, rows), part * rows + start)
             number += 1
-
-
-def shards(plan: Plan, limit: int) -> list[list[Entry]]:
-    """The plan's entries cut, in order, into files of at most `limit` bytes; a larger entry gets a file of its own."""
-    files: list[list[Entry]] = []
-    used = 0
-    for entry in plan.entries:
-        if not files or used + entry.nbytes > limit:
-            files.append([])
-            used = 0
-        files[-1].append(entry)
-        used += entry.nbytes
-    return files
 
 
 class Fitting:

@@ -5,26 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..plan import Entry, Plan
-from ..safetensors_io import ShardWriter, header_bytes
+from ..plan import Entry
+from ..safetensors_io import ShardWriter
 from . import stream
 from .journal import Journal, Unit
-
-
-def cut(plan: Plan, limit: int) -> dict[str, list[Entry]]:
-    """The plan's entries by the name of the file they go to, at most `limit` bytes of tensors a file."""
-    parts = stream.shards(plan, limit)
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": entries for i, entries in enumerate(parts, 1)}
-
-
-def size(files: Mapping[str, list[Entry]]) -> int:
-    """Bytes of the files, headers included."""
-    return sum(
-        len(header_bytes(o for e in entries for o in e.outputs)) + sum(e.nbytes for e in entries)
-        for entries in files.values()
-    )
 
 
 class WeightFiles:

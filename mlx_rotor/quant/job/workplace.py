@@ -36,6 +36,10 @@ class Workplace:
             return "nothing was left behind"
         return KEPT.format(out=self.out) if self.ours else ""
 
+    def fetching(self) -> None:
+        """A source shard is being fetched: what came of it is kept for a resumed job."""
+        self.keep = self.fetched = True
+
     def close(self) -> None:
         """Removes the work folder, the journal last: a crash in between leaves what `resume` can finish."""
         if self.work.is_dir():

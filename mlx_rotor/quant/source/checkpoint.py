@@ -1,6 +1,6 @@
-"""FP8 checkpoints: E4M3 codes with one float32 factor a block, as DeepSeek-V3 and MiniMax-M2 store their linears.
+"""The checkpoint to be quantized: where it is, whether it holds what the plan expects, and its weights as float32.
 
-The checkpoint to be quantized: where it is, whether it holds what the plan expects, and its weights as float32.
+FP8 checkpoints hold E4M3 codes with one float32 factor a block, as DeepSeek-V3 and MiniMax-M2 store their linears.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Checkpoint:
             RotorError: no weights, a missing or damaged shard, a quantized source other than FP8 blocks.
         """
         refuse_mxfp4(config, {})
-        return cls(folder, _headers(folder), _block(config))
+        return cls(folder, _headers(folder), block_of(config))
 
     def verify(self, plan: Plan) -> None:
         """Holds the headers against the plan; RotorError lists unknown or missing tensors, names one that differs."""
@@ -241,19 +241,36 @@ def _headers(folder: Path) -> dict[str, TensorInfo]:
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:
         raise RotorError(f"{folder}: {_listed('missing', absent, 'shard')}; download it again")
+    return joined(folder, names, {shard.name: read_header(shard) for shard in shards})
+
+
+def joined(
+    where: Path | str, names: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of all shards by name.
+
+    Args:
+        where: what to call the checkpoint in errors.
+        names: tensor name -> shard, of the index; empty where there is none.
+        headers: shard -> its tensors.
+
+    Raises:
+        RotorError: a tensor in two shards, or not in the one that the index names.
+    """
     found: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for name, info in read_header(shard).items():
+    for shard, header in headers.items():
+        for name, info in header.items():
             if name in found:
-                raise RotorError(f"{folder}: {name} is in both {found[name].path.name} and {shard.name}")
+                raise RotorError(f"{where}: {name} is in both {found[name].path.name} and {shard}")
             found[name] = info
     astray = [name for name, shard in names.items() if name not in found or found[name].path.name != shard]
     if astray:
-        raise RotorError(f"{folder}: {_listed('missing', astray)} in the shard that {INDEX} names")
+        raise RotorError(f"{where}: {_listed('missing', astray)} in the shard that {INDEX} names")
     return found
 
 
-def _block(config: Mapping[str, Any]) -> tuple[int, int]:
+def block_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, columns) that share a factor in an FP8 source. RotorError for a source that is quantized otherwise."""
     if config.get("quantization"):
         raise RotorError("the source is already quantized for MLX; start from the original checkpoint")
     stated = config.get("quantization_config") or {}

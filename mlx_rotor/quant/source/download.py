@@ -1,4 +1,8 @@
-"""Files of a Hugging Face repository in ranges, with retries, and into files that a broken download goes on with."""
+"""A file of a Hugging Face repository into a folder, so that a broken download goes on where it stopped.
+
+huggingface_hub's own download starts a file again after every failure, and checks no digest: a job that fetches 230 GB
+shard by shard and is resumed after a crash needs both.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
 from ...errors import RotorError
+from ..safetensors_io import TensorInfo, tensors_of
 
 ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt; doubled for each after it
@@ -48,9 +57,19 @@ class Remote:
     def stop(self) -> None:
         self._stop.set()
 
-    def range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file; RotorError if they can't be fetched."""
-        return self._retried(name, lambda: self._range(name, start, stop))
+    def header(self, shard: Shard) -> dict[str, TensorInfo]:
+        """The tensors of a shard, from its header alone. RotorError where it can't be fetched or isn't one."""
+        path = Path(self.name, shard.name)  # no such file: what errors call it
+        try:
+            found = self._retried(
+                shard.name,
+                lambda: HfApi().parse_safetensors_file_metadata(self.name, shard.name, revision=self.commit),
+            )
+        except SafetensorsParsingError as e:
+            raise RotorError(f"{self.name}: {shard.name} is not a safetensors file ({reason(e)})") from e
+        table = {name: vars(info) for name, info in found.tensors.items()}
+        data = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+        return tensors_of(table, path, shard.size - data, shard.size)
 
     def fetch(self, shard: Shard, path: Path, report: Callable[[int], None]) -> None:
         """Downloads a file to `path`, from where an earlier attempt stopped (in `<path>.part`). `report`: bytes so far.
@@ -85,19 +104,9 @@ class Remote:
             part.unlink()
             raise ConnectionError("what came is not what the hub says the file is")
 
-    def _range(self, name: str, start: int, stop: int) -> bytes:
-        with self._response(name, start, stop) as blocks:
-            data = b"".join(blocks)
-        if len(data) < stop - start:
-            raise ConnectionError(f"the connection ended after {len(data):,} of {stop - start:,} bytes")
-        return data
-
     @contextmanager
     def _response(self, name: str, start: int, stop: int) -> Iterator[Iterator[bytes]]:
         """Bytes [start, stop) of a file, in blocks."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
         if start >= stop:
             yield iter(())
             return
@@ -115,7 +124,7 @@ class Remote:
         while True:
             try:
                 return attempt()
-            except (RotorError, Stopped):
+            except (RotorError, Stopped, SafetensorsParsingError):
                 raise
             except Exception as e:  # HTTP, connection and hub errors share no base class but this and OSError
                 if isinstance(e, OSError) and e.errno is not None and not isinstance(e, ConnectionError):

@@ -1,20 +1,24 @@
-"""Where a job's weights come from, and whether they are still the same: the local side, and what any origin does."""
+"""Where a job's weights come from, and whether they are still the same: a local folder, and what any source does."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import RotorError
-from ..plan import Entry
-from . import FACTORS, Checkpoint
+from ..events import Reporter
+from ..plan import Entry, read_config
+from .checkpoint import FACTORS, Checkpoint, is_repository, locate
 
 
-class Origin(Protocol):
-    """A checkpoint and what a job must know of the files it is in."""
+class Source(Protocol):
+    """A checkpoint and what a job must know of the files it is in. `name`: what the output calls it."""
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def checkpoint(self) -> Checkpoint: ...
@@ -34,6 +38,9 @@ class Origin(Protocol):
     def room(self, groups: Sequence[Sequence[Entry]]) -> int:
         """Bytes that fetching needs, at most, while `groups` of entries are worked off."""
 
+    def place(self, work: Path, kept: Callable[[], None], reporter: Reporter) -> None:
+        """Where fetched files go; `kept` is called when something is there that a resumed job can use."""
+
     def begin(self, entries: Sequence[Entry]) -> None:
         """These are left, in this order."""
 
@@ -52,8 +59,8 @@ class Origin(Protocol):
 class Folder:
     """A checkpoint in a local folder, whose files are left alone."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
-        self.folder, self.checkpoint = folder, checkpoint
+    def __init__(self, folder: Path, checkpoint: Checkpoint, name: str) -> None:
+        self.folder, self.checkpoint, self.name = folder, checkpoint, name
         self._headers = headers(checkpoint)
         self._stats = {name: _stat(path) for name, path in self._paths().items()}
 
@@ -71,6 +78,9 @@ class Folder:
 
     def room(self, groups: Sequence[Sequence[Entry]]) -> int:
         return 0
+
+    def place(self, work: Path, kept: Callable[[], None], reporter: Reporter) -> None:
+        pass
 
     def begin(self, entries: Sequence[Entry]) -> None:
         pass
@@ -113,3 +123,18 @@ def shards_of(entries: Sequence[Entry], files: Mapping[str, str]) -> list[str]:
     """The files entries are read from, in order of first use; `files`: tensor name -> file."""
     names = (name for entry in entries for source in entry.sources for name in (source, f"{source}{FACTORS}"))
     return list(dict.fromkeys(files[name] for name in names if name in files))
+
+
+def open_folder(model: str | Path) -> Folder:
+    """A checkpoint folder, or a Hugging Face repository, fetched whole where it isn't cached, with its headers read.
+
+    Raises:
+        RotorError: as `locate` and `Checkpoint.open`.
+    """
+    folder = locate(model)
+    return Folder(folder, Checkpoint.open(folder, read_config(folder)), source_name(model))
+
+
+def source_name(model: str | Path) -> str:
+    """What the output calls its source: a repository, or a folder without where it was."""
+    return str(model) if is_repository(model) else Path(model).resolve().name

@@ -1,4 +1,4 @@
-"""What a layer's experts move at MiniMax-M2's dimensions, against the bytes that must move, and what a weight costs.
+"""Traffic of a layer's experts at MiniMax-M2's dimensions against the bytes that must move, and operations a weight.
 
 One threadgroup's rows are run, of every expert that it reads: all others move the same.
 """

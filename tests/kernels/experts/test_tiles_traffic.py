@@ -1,4 +1,4 @@
-"""What the tiled kernels move and do, beside MLX's own `affine_qmm_t`, unchanged, from the wheel."""
+"""Traffic and operations of the tiled kernels beside MLX's own `affine_qmm_t`, unchanged, from the wheel."""
 
 import mlx.core as mx
 import numpy as np

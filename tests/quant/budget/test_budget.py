@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
+from mlx_rotor.memory.sizes import parse_size
 from mlx_rotor.quant import policy as policies
-from mlx_rotor.quant.budget import file_bytes, solve, worth
+from mlx_rotor.quant.budget import solve, worth
 from mlx_rotor.quant.budget.report import summarise, table
 from mlx_rotor.quant.budget.sensitivity import Sensitivities, fingerprint, prior
-from mlx_rotor.quant.job.stream import shards
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.policy import GROUP_SIZES, Spec
 from mlx_rotor.quant.safetensors_io import ShardWriter, read_header
-from mlx_rotor.quant.spec import Budget, parse_size, parse_table
+from mlx_rotor.quant.shards import cut, file_bytes
+from mlx_rotor.quant.spec import Budget, parse_table
 
 M27 = json.loads((Path(__file__).parents[3] / "examples" / "minimax_m27" / "config.json").read_text())
 BUNDLED = json.loads((bundled.MODEL / "config.json").read_text())
@@ -93,7 +94,7 @@ def last(options):
 
 def test_predicted_bytes_are_the_files(tmp_path):
     plan = solved(BUNDLED, 4_500_000)
-    for n, entries in enumerate(shards(plan, 1_000_000)):
+    for n, entries in enumerate(cut(plan, 1_000_000).values()):
         writer = ShardWriter(tmp_path / f"{n}.safetensors", [o for e in entries for o in e.outputs])
         for output in (o for e in entries for o in e.outputs):
             writer.write(output.name, 0, bytes(output.nbytes))
@@ -190,16 +191,24 @@ def test_a_dense_model_is_summed_up_by_its_feed_forward():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("86.2 GB", 86_200_000_000), ("80GiB", 80 * 2**30), ("500mb", 500_000_000), ("123", 123)]
+    ("text", "size"), [("86.2 GB", 86_200_000_000), ("80GiB", 80 * 2**30), ("500mb", 500_000_000), ("0.1MB", 100_000)]
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1 GB", "1 TB", "0", "0.1"])
+@pytest.mark.parametrize("text", ["", "GB", "-1 GB", "1 TB", "0GB", "0.0000001KB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(RotorError, match="not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["123", "0", "0.1"])
+def test_a_size_has_a_unit(text):
+    with pytest.raises(RotorError, match=f"'{text}' has no unit: write {text}GB"):
+        parse_size(text)
+    with pytest.raises(RotorError, match=r"policy p: .*has no unit"):
+        policies.parse(f'[budget]\nsize = "{text}"\n[[rule]]\nroles = ["*"]\nbits = 4', "p")
 
 
 def test_budgets_in_policies():

@@ -7,11 +7,11 @@ import math
 import random
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rotor.calibration import allotment
 from mlx_rotor.quant.budget import knapsack
 from mlx_rotor.quant.budget.knapsack import Infeasible, Option, choose
 
@@ -24,9 +24,19 @@ def totals(groups, taken):
 
 
 def exact(groups, room):
-    """Least cost by the other solver."""
-    picked = allotment.allot([[allotment.Option(None, o.size, o.cost) for o in group] for group in groups], room)
-    return math.fsum(o.cost for o in picked)
+    """Least cost, by a dynamic program over every size up to `room` above the least."""
+    least = [min(o.size for o in group) for group in groups]
+    unit = math.gcd(*(o.size - low for group, low in zip(groups, least, strict=True) for o in group)) or 1
+    steps = (room - sum(least)) // unit
+    best = np.zeros(steps + 1)
+    for group, low in zip(groups, least, strict=True):
+        totals = np.full((len(group), steps + 1), np.inf)
+        for i, option in enumerate(group):
+            at = (option.size - low) // unit
+            if at <= steps:
+                totals[i, at:] = best[: steps + 1 - at] + option.cost
+        best = totals.min(axis=0)
+    return float(best.min())
 
 
 @settings(max_examples=150, deadline=None)
@@ -50,6 +60,32 @@ def test_every_selection_costs_at_least_as_much(groups, room):
     if fitting:
         best = min(totals(groups, p)[1] for p in fitting)
         assert totals(groups, choose(groups, room))[1] == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nothing_is_better_than_what_is_chosen_for_the_layers_of_a_cache(seed):
+    """Few large sizes a layer, costs as uneven as measured divergences are: against every selection there is."""
+    rng = random.Random(seed)
+    unit, convex = rng.choice([1, 8, 272]), rng.random() < 0.5
+    groups = []
+    for _ in range(rng.randint(1, 5)):
+        sizes = [rng.randint(1, 9) * unit + 16 for _ in range(rng.randint(1, 5))]
+        groups.append([Option(s, rng.random() ** 3 / (s if convex else 1)) for s in sizes])
+    low, high = (sum(end(o.size for o in g) for g in groups) for end in (min, max))
+    selections = [totals(groups, p) for p in itertools.product(*(range(len(g)) for g in groups))]
+    for room in (low, (low + high) // 2, high, 2 * high):
+        size, cost = totals(groups, choose(groups, room))
+        assert size <= room
+        assert cost == pytest.approx(min(c for s, c in selections if s <= room), rel=1e-12)
+
+
+def test_a_case_where_the_best_gain_a_unit_first_is_wrong():
+    assert choose([[Option(0, 10.0), Option(1, 4.0)], [Option(0, 10.0), Option(2, 1.0)]], 2) == [0, 1]
+
+
+def test_nothing_is_spent_for_nothing():
+    group = [Option(1, 1.0), Option(5, 1.0)]
+    assert choose([group, group], 10) == [0, 0]
 
 
 def instance(seed, stacks, alike):

@@ -5,12 +5,13 @@ import shutil
 
 import mlx.core as mx
 import pytest
+from quantizing import quantize
 from readers import MINIMAX, mixed, stock, stock_reads, swift_reads, write_source
 
 from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host.skeleton import parameters, skeleton
-from mlx_rotor.quant import job, policy
+from mlx_rotor.quant import policy
 from mlx_rotor.quant.check import check, facts, status, text
 from mlx_rotor.quant.check.section import ERROR, OLDER, SWIFT
 
@@ -100,7 +101,7 @@ def test_sources_and_our_own_output_pass(sources, tmp_path):
     for folder in sources.values():
         assert check(folder) == [] and stock_reads(folder) is None
     out = tmp_path / "out"
-    job.quantize(MODEL, out, policy.load("config-i"))
+    quantize(MODEL, out, policy.load("config-i"))
     assert check(out) == [], text(out, check(out))
     assert text(out, []).endswith("nothing wrong")
 

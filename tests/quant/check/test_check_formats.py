@@ -7,13 +7,13 @@ import shutil
 import mlx.core as mx
 import mlx_lm
 import pytest
+from quantizing import quantize
 
 import mlx_rotor
 import small_checkpoint
 from mlx_rotor.experts import standalone
 from mlx_rotor.quant.check import check, status, text
 from mlx_rotor.quant.check.section import ERROR, ROTOR, SWIFT, TRUSTING
-from mlx_rotor.quant.job import quantize
 from mlx_rotor.quant.policy import load, parse
 
 STACK = "model.layers.0.block_sparse_moe.switch_mlp"

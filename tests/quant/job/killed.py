@@ -55,7 +55,8 @@ def job(folder: Path, out: Path, options: dict[str, Any], at: int) -> None:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
-    from mlx_rotor.quant.job import quantize
+    from quantizing import quantize
+
     from mlx_rotor.quant.policy import load
 
     policy = load(options.pop("policy", "config-i"))

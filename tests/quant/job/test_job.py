@@ -7,10 +7,11 @@ import tracemalloc
 import mlx.core as mx
 import numpy as np
 import pytest
+from quantizing import quantize
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.fit import rows
-from mlx_rotor.quant import job
+from mlx_rotor.quant import Recipe, dry_run
 from mlx_rotor.quant.job import manifest, stream
 from mlx_rotor.quant.job.workplace import WORK
 from mlx_rotor.quant.policy import load, parse
@@ -55,7 +56,7 @@ def stored(out):
 def test_every_weight_ends_up_in_its_place(checkpoint, truth, tmp_path, monkeypatch, method, fp8, piece):
     monkeypatch.setattr(stream, "PIECE", piece)
     folder, tensors = checkpoint(fp8=fp8)
-    result = job.quantize(folder, tmp_path / "out", MIXED, fit=method)
+    result = quantize(folder, tmp_path / "out", MIXED, fit=method)
     found = stored(tmp_path / "out")
     assert found.keys() == {o.name for e in result.plan.entries for o in e.outputs}
     for entry in result.plan.entries:
@@ -78,7 +79,7 @@ def test_every_weight_ends_up_in_its_place(checkpoint, truth, tmp_path, monkeypa
 
 def test_errors_by_role_are_those_of_what_was_stored(checkpoint, truth, tmp_path):
     folder, tensors = checkpoint()
-    result = job.quantize(folder, tmp_path / "out", load("config-i"))
+    result = quantize(folder, tmp_path / "out", load("config-i"))
     found = stored(tmp_path / "out")
     sums = {}
     for entry in result.plan.entries:
@@ -97,7 +98,7 @@ def test_errors_by_role_are_those_of_what_was_stored(checkpoint, truth, tmp_path
 
 def test_search_has_less_error_than_fast(checkpoint, tmp_path):
     folder, _ = checkpoint()
-    search, fast = (job.quantize(folder, tmp_path / f, load("uniform-2bit"), fit=f).errors for f in ("search", "fast"))
+    search, fast = (quantize(folder, tmp_path / f, load("uniform-2bit"), fit=f).errors for f in ("search", "fast"))
     for role, error in fast.items():
         assert search[role] < 0.9 * error or error == 0
 
@@ -106,7 +107,7 @@ def test_fast_gives_the_codes_of_stock_conversion(checkpoint, tmp_path):
     from mlx_lm.utils import load_model
 
     folder, _ = checkpoint()
-    job.quantize(folder, tmp_path / "out", load("uniform-4bit"), fit="fast")
+    quantize(folder, tmp_path / "out", load("uniform-4bit"), fit="fast")
     found = stored(tmp_path / "out")
     model, _ = load_model(folder, lazy=True)
     modules = dict(model.named_modules())
@@ -120,7 +121,7 @@ def test_fast_gives_the_codes_of_stock_conversion(checkpoint, tmp_path):
 
 def test_config_names_every_module_that_deviates_and_nothing_else(checkpoint, tmp_path):
     folder, _ = checkpoint()
-    result = job.quantize(folder, tmp_path / "out", MIXED)
+    result = quantize(folder, tmp_path / "out", MIXED)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     section = config["quantization"]
     assert config["quantization_config"] == section
@@ -143,7 +144,7 @@ def test_config_names_every_module_that_deviates_and_nothing_else(checkpoint, tm
 
 def test_router_keeps_its_own_dtype(checkpoint, tmp_path):
     folder, tensors = checkpoint(router="F32")
-    job.quantize(folder, tmp_path / "out", EIGHT)
+    quantize(folder, tmp_path / "out", EIGHT)
     name = "model.layers.1.block_sparse_moe.gate.weight"
     router = stored(tmp_path / "out")[name]
     assert router.dtype == mx.float32
@@ -152,8 +153,8 @@ def test_router_keeps_its_own_dtype(checkpoint, tmp_path):
 
 def test_shards_hold_at_most_their_size_and_the_index_names_them(checkpoint, tmp_path):
     folder, _ = checkpoint()
-    whole = job.quantize(folder, tmp_path / "whole", EIGHT)
-    cut = job.quantize(folder, tmp_path / "cut", EIGHT, shard_bytes=60_000)
+    whole = quantize(folder, tmp_path / "whole", EIGHT)
+    cut = quantize(folder, tmp_path / "cut", EIGHT, shard_bytes=60_000)
     assert whole.files == ("model.safetensors",)
     assert len(cut.files) > 4 and cut.files[-1] == f"model-{len(cut.files):05d}-of-{len(cut.files):05d}.safetensors"
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -169,7 +170,7 @@ def test_shards_hold_at_most_their_size_and_the_index_names_them(checkpoint, tmp
 def test_equal_inputs_give_equal_files(checkpoint, tmp_path):
     folder, _ = checkpoint()
     for name in ("a", "b"):
-        job.quantize(folder, tmp_path / name, MIXED)
+        quantize(folder, tmp_path / name, MIXED)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "b").iterdir()) and "generation_config.json" in files
     for name in files:
@@ -186,7 +187,7 @@ def test_memory_is_bounded_by_a_piece_not_by_the_model(checkpoint, tmp_path, mon
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         tracemalloc.start()
-        result = job.quantize(folder, tmp_path / f"{name}-out", EIGHT, workers=1)
+        result = quantize(folder, tmp_path / f"{name}-out", EIGHT, workers=1)
         python = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         peaks.append((mx.get_peak_memory() - before, python, result.plan.parameters * 4))
@@ -218,7 +219,7 @@ def test_a_job_that_stops_before_it_has_finished_anything_leaves_nothing(
             raise failure
 
     with pytest.raises(raised, match="No space left on device; nothing was left" if raised is RotorError else None):
-        job.quantize(folder, out, EIGHT, shard_bytes=60_000, progress=stop)
+        quantize(folder, out, EIGHT, shard_bytes=60_000, progress=stop)
     assert any(name.endswith(".tmp") for name in seen) and "config.json" not in seen
     assert (list(out.iterdir()) == []) if existing else not (tmp_path / "deep").exists()
 
@@ -232,8 +233,8 @@ def test_config_comes_last(checkpoint, tmp_path, monkeypatch):
         seen.extend(p.name for p in (tmp_path / "out").iterdir())
         return config(*args)
 
-    monkeypatch.setattr(manifest, "config", spy)
-    job.quantize(folder, tmp_path / "out", EIGHT)
+    monkeypatch.setattr(manifest, "config_of", spy)
+    quantize(folder, tmp_path / "out", EIGHT)
     assert sorted([*seen, "config.json"]) == sorted([*(p.name for p in (tmp_path / "out").iterdir()), WORK])
 
 
@@ -245,7 +246,7 @@ def test_values_that_are_not_finite_stop_the_job(checkpoint, tmp_path):
 
     folder, _ = checkpoint(alter=alter)
     with pytest.raises(RotorError, match=f"{name}: holds NaN.*with --resume to go on"):
-        job.quantize(folder, tmp_path / "out", EIGHT)
+        quantize(folder, tmp_path / "out", EIGHT)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -257,31 +258,31 @@ def test_weights_too_large_to_fit_stop_the_job(checkpoint, tmp_path):
 
     folder, _ = checkpoint(alter=alter)
     with pytest.raises(RotorError, match=rf"{name}: weights of up to 1\.701e\+38 are too large"):
-        job.quantize(folder, tmp_path / "out", EIGHT)
+        quantize(folder, tmp_path / "out", EIGHT)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_room_is_checked_before_anything_is_made(checkpoint, tmp_path, monkeypatch):
     folder, _ = checkpoint()
-    plan, _ = job.dry_run(folder, EIGHT)
+    plan, _ = dry_run(folder, Recipe(EIGHT))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.nbytes + 10))
     with pytest.raises(RotorError, match=r"not enough disk for --out .*: needs 0\.\d{3} MB, 0\.\d{3} MB are free"):
-        job.quantize(folder, tmp_path / "out", EIGHT)
+        quantize(folder, tmp_path / "out", EIGHT)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_needs_only_the_config_and_checks_weights_that_are_there(checkpoint, tmp_path):
     folder, tensors = checkpoint()
-    plan, size = job.dry_run(folder, EIGHT)
+    plan, size = dry_run(folder, Recipe(EIGHT))
     assert size == sum(values.nbytes for _, values in tensors.values())
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(folder / "config.json", bare)
-    assert job.dry_run(bare, EIGHT) == (plan, None)
+    assert dry_run(bare, Recipe(EIGHT)) == (plan, None)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(RotorError, match="missing shard"):
-        job.dry_run(folder, EIGHT)
+        dry_run(folder, Recipe(EIGHT))
 
 
 @pytest.mark.parametrize(
@@ -291,4 +292,4 @@ def test_a_dry_run_needs_only_the_config_and_checks_weights_that_are_there(check
 def test_bad_options_are_errors(checkpoint, tmp_path, options, message):
     folder, _ = checkpoint()
     with pytest.raises(RotorError, match=message):
-        job.quantize(folder, tmp_path / "out", EIGHT, **options)
+        quantize(folder, tmp_path / "out", EIGHT, **options)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
+from quantizing import quantize
 from test_job_killed import OPTIONS, die, files
 
 import mlx_rotor
@@ -22,7 +23,6 @@ from mlx_rotor.host.skeleton import skeleton
 from mlx_rotor.quality.stored import parameters_of
 from mlx_rotor.quant import calibrate, upload
 from mlx_rotor.quant.check import check
-from mlx_rotor.quant.job import quantize
 from mlx_rotor.quant.plan import read_config
 from mlx_rotor.quant.policy import Policy, load, parse
 from mlx_rotor.quant.recipe import Recipe
@@ -172,7 +172,7 @@ SEEN = {"calibration": "bundled", "sequences": 2, "length": 64}
 
 def guided(source, out, policy):
     recipe = Recipe(policy if isinstance(policy, Policy) else load(policy), **SEEN)
-    return quantize(source, out, recipe.plan(source), guide=recipe.guide(), fit=recipe.fit)
+    return quantize(source, out, recipe)
 
 
 def test_kv_scales_are_those_of_the_text_and_are_used(source, tmp_path):

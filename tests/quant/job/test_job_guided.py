@@ -7,9 +7,9 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from quantizing import quantize
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant import job
 from mlx_rotor.quant.calibrate import Calibration
 from mlx_rotor.quant.folding.search import Folding
 from mlx_rotor.quant.job import manifest, stream
@@ -82,8 +82,8 @@ def weighted_error(found, checkpoint_weights, importance, module):
 def test_statistics_reach_the_fit_part_by_part(checkpoint, truth, tmp_path):
     folder, tensors = checkpoint()
     made = []
-    result = job.quantize(folder, tmp_path / "guided", POLICY, guide=build(made), **OPTIONS)
-    job.quantize(folder, tmp_path / "plain", POLICY, **OPTIONS)
+    result = quantize(folder, tmp_path / "guided", POLICY, guide=build(made), **OPTIONS)
+    quantize(folder, tmp_path / "plain", POLICY, **OPTIONS)
     guide = made[0]
     assert [number for number, _ in guide.layers] == [None, 0, 1, None]
     assert [m for _, modules in guide.layers for m in modules] == [entry.module for entry in result.plan.entries]
@@ -111,24 +111,24 @@ def test_statistics_reach_the_fit_part_by_part(checkpoint, truth, tmp_path):
 
 def test_fast_asks_for_no_statistics(checkpoint, tmp_path):
     made = []
-    job.quantize(checkpoint()[0], tmp_path / "out", POLICY, guide=build(made), fit="fast", **OPTIONS)
+    quantize(checkpoint()[0], tmp_path / "out", POLICY, guide=build(made), fit="fast", **OPTIONS)
     assert made[0].known.asked == []
 
 
 def test_a_resumed_job_asks_for_layers_with_something_left_and_for_the_same_guide(checkpoint, tmp_path):
     folder, _ = checkpoint()
     made, out = [], tmp_path / "out"
-    job.quantize(folder, tmp_path / "whole", POLICY, guide=build(made), **OPTIONS)
+    quantize(folder, tmp_path / "whole", POLICY, guide=build(made), **OPTIONS)
 
     def stop(event):
         if event.kind == "layer" and event.layer == 1:
             raise OSError(5, "stopped")
 
     with pytest.raises(RotorError, match="stopped; what is finished is kept"):
-        job.quantize(folder, out, POLICY, guide=build(made), progress=stop, **OPTIONS)
+        quantize(folder, out, POLICY, guide=build(made), progress=stop, **OPTIONS)
     with pytest.raises(RotorError, match="the calibration has changed"):
-        job.quantize(folder, out, POLICY, resume=True, **OPTIONS)
-    job.quantize(folder, out, POLICY, guide=build(made), resume=True, **OPTIONS)
+        quantize(folder, out, POLICY, resume=True, **OPTIONS)
+    quantize(folder, out, POLICY, guide=build(made), resume=True, **OPTIONS)
     assert [number for number, _ in made[-1].layers] == [1, None]
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
@@ -146,11 +146,11 @@ def test_statistics_are_asked_by_one_thread_at_a_time_and_so_is_the_progress(che
 
     made = []
     folder, _ = checkpoint()
-    job.quantize(folder, tmp_path / "a", POLICY, guide=build(made), progress=alone, shard_bytes=10**9, workers=4)
+    quantize(folder, tmp_path / "a", POLICY, guide=build(made), progress=alone, shard_bytes=10**9, workers=4)
     assert len(overlaps) > 100 and len(threads) > 1 and not any(overlaps)
     overlaps.clear()
     monkeypatch.setattr(Known, "importance", lambda self, entry, part: alone())
-    job.quantize(folder, tmp_path / "b", POLICY, guide=build(made), shard_bytes=10**9, workers=4)
+    quantize(folder, tmp_path / "b", POLICY, guide=build(made), shard_bytes=10**9, workers=4)
     assert len(overlaps) > 15 and not any(overlaps)
 
 
@@ -163,7 +163,7 @@ def test_calibrated_and_folded_files_are_the_same_for_any_number_of_workers(chec
         return Folding(Calibration(config, source, plan, tokens, work), plan, "minimax_m2", "search", work)
 
     for workers in (1, 3):
-        job.quantize(folder, tmp_path / str(workers), POLICY, guide=guided, workers=workers, shard_bytes=10**6)
+        quantize(folder, tmp_path / str(workers), POLICY, guide=guided, workers=workers, shard_bytes=10**6)
     files = sorted((tmp_path / "1").iterdir())
     assert len(files) > 3
     for path in files:
@@ -173,5 +173,5 @@ def test_calibrated_and_folded_files_are_the_same_for_any_number_of_workers(chec
 def test_a_disk_without_room_for_a_guides_files_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Guide, "disk", 10**16)
     with pytest.raises(RotorError, match="not enough disk"):
-        job.quantize(checkpoint()[0], tmp_path / "out", POLICY, guide=build([]), **OPTIONS)
+        quantize(checkpoint()[0], tmp_path / "out", POLICY, guide=build([]), **OPTIONS)
     assert not (tmp_path / "out").exists()

@@ -6,8 +6,8 @@ import signal
 import sys
 
 import killed
+from quantizing import quantize
 
-from mlx_rotor.quant.job import quantize
 from mlx_rotor.quant.policy import load
 
 POINTS = 20

@@ -9,14 +9,14 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from quantizing import quantize
 
 from mlx_rotor.errors import RotorError
-from mlx_rotor.quant import job
 from mlx_rotor.quant.job import journal, manifest, run, stream
-from mlx_rotor.quant.job.weight_files import cut
 from mlx_rotor.quant.job.workplace import WORK
 from mlx_rotor.quant.plan import make_plan, read_config
 from mlx_rotor.quant.policy import load
+from mlx_rotor.quant.shards import cut
 
 POLICY = load("config-i")
 OPTIONS = {"fit": "fast", "shard_bytes": 60_000, "workers": 1}
@@ -49,7 +49,7 @@ def source(checkpoint):
 @pytest.fixture
 def whole(source, tmp_path):
     """Every file of a job that nothing stopped."""
-    job.quantize(source, tmp_path / "whole", POLICY, **OPTIONS)
+    quantize(source, tmp_path / "whole", POLICY, **OPTIONS)
     return files(tmp_path / "whole")
 
 
@@ -60,13 +60,13 @@ def unfinished(source, tmp_path):
     with pytest.raises(
         RotorError, match=r"--out .*: stopped; what is finished is kept: .* --resume to go on, or delete"
     ):
-        job.quantize(source, out, POLICY, progress=stop_after(8, OSError(errno.EIO, "stopped")), **OPTIONS)
+        quantize(source, out, POLICY, progress=stop_after(8, OSError(errno.EIO, "stopped")), **OPTIONS)
     assert (out / WORK).is_dir() and not (out / "config.json").exists()
     return out
 
 
 def resume(source, out, policy=POLICY, **changes):
-    return job.quantize(source, out, policy, resume=True, **OPTIONS | changes)
+    return quantize(source, out, policy, resume=True, **OPTIONS | changes)
 
 
 def test_what_was_done_is_not_done_again(source, unfinished, whole):
@@ -83,16 +83,16 @@ def test_what_was_done_is_not_done_again(source, unfinished, whole):
 
 def test_a_failed_job_says_how_to_go_on_and_asks_for_it(source, unfinished):
     with pytest.raises(RotorError, match="holds an unfinished job; add --resume"):
-        job.quantize(source, unfinished, POLICY, **OPTIONS)
+        quantize(source, unfinished, POLICY, **OPTIONS)
 
 
 def test_a_finished_folder_is_neither_overwritten_nor_resumed(source, tmp_path):
     out = tmp_path / "out"
-    job.quantize(source, out, POLICY, **OPTIONS)
+    quantize(source, out, POLICY, **OPTIONS)
     before = files(out)
     for again in (False, True):
         with pytest.raises(RotorError, match="holds a checkpoint already"):
-            job.quantize(source, out, POLICY, resume=again, **OPTIONS)
+            quantize(source, out, POLICY, resume=again, **OPTIONS)
     assert files(out) == before
 
 
@@ -145,7 +145,7 @@ def test_a_plan_for_another_model_is_an_error(source, checkpoint, tmp_path):
     other, _ = checkpoint(name="other", num_hidden_layers=3)
     plan = make_plan(read_config(other), POLICY)
     with pytest.raises(RotorError, match=r"missing tensors: model\.layers\.2\."):
-        job.quantize(source, tmp_path / "out", plan, **OPTIONS)
+        quantize(source, tmp_path / "out", plan, **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -222,7 +222,7 @@ def test_bytes_are_durable_before_the_journal_says_so_and_files_complete_before_
     watch("write", lambda fd, data: (path(fd), bytes(data).decode()))
     watch("replace", lambda a, b: (os.path.basename(b),))
     progress = lambda event: done.append(("unit", event.name)) if event.kind == "unit_done" else None  # noqa: E731
-    result = job.quantize(source, tmp_path / "out", POLICY, progress=progress, **OPTIONS)
+    result = quantize(source, tmp_path / "out", POLICY, progress=progress, **OPTIONS)
     lines = [(i, line) for i, what in enumerate(done) if what[0] == "write" for line in what[2].splitlines()]
     rows = [(i, json.loads(line)) for i, line in lines]
     files_of = {e.module: name for name, entries in cut(result.plan, 60_000).items() for e in entries}
@@ -257,7 +257,7 @@ def test_an_interrupt_keeps_what_is_done_and_says_so(source, tmp_path, whole):
         stop(event)
 
     with pytest.raises(KeyboardInterrupt):
-        job.quantize(source, out, POLICY, progress=watch, **OPTIONS)
+        quantize(source, out, POLICY, progress=watch, **OPTIONS)
     assert "--resume to go on" in notes[-1]
     assert resume(source, out).resumed >= 4 and files(out) == whole
 
@@ -277,7 +277,7 @@ def test_a_full_disk_loses_nothing_that_was_done(source, tmp_path, whole, monkey
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(RotorError, match=f"--out {out}: No space left on device; what is finished is kept"):
-        job.quantize(source, out, POLICY, progress=stop_after(20, action=fill), **OPTIONS)
+        quantize(source, out, POLICY, progress=stop_after(20, action=fill), **OPTIONS)
     monkeypatch.setattr(os, call, real)
     assert resume(source, out).resumed > 5
     assert files(out) == whole
@@ -296,17 +296,17 @@ def test_a_disk_that_is_really_full(source, tmp_path, whole, monkeypatch):
         pytest.skip("mounting needs root")
     try:
         with pytest.raises(RotorError, match="not enough disk for --out"):
-            job.quantize(source, disk / "out", POLICY, **OPTIONS)
+            quantize(source, disk / "out", POLICY, **OPTIONS)
         usage = shutil.disk_usage(disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
         with pytest.raises(RotorError, match=r"No space left on device; what is finished is kept"):
-            job.quantize(source, disk / "out", POLICY, **OPTIONS)
+            quantize(source, disk / "out", POLICY, **OPTIONS)
         subprocess.run(["mount", "-o", f"remount,size={size * 3}", disk], check=True)
         assert resume(source, disk / "out").resumed > 0
         assert files(disk / "out") == whole
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with pytest.raises(RotorError, match=r"--out .*second: Read-only file system; nothing was left behind"):
-            job.quantize(source, disk / "second", POLICY, **OPTIONS)
+            quantize(source, disk / "second", POLICY, **OPTIONS)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(source, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(RotorError, match=r"--out .*: Read-only file system; nothing was left behind"):
-        job.quantize(source, out, POLICY, **OPTIONS)
+        quantize(source, out, POLICY, **OPTIONS)
     assert out.exists() == existing and not (existing and list(out.iterdir()))
 
 
@@ -347,7 +347,7 @@ def test_a_source_that_changes_underneath_stops_the_job(source, tmp_path, whole,
                 shard.unlink()
 
     with pytest.raises(RotorError, match=rf"{shard.name}.*the job needs the source as it was at the start"):
-        job.quantize(source, out, POLICY, progress=stop_after(16, action=change), **OPTIONS)
+        quantize(source, out, POLICY, progress=stop_after(16, action=change), **OPTIONS)
     assert not (out / "config.json").exists()
     shard.write_bytes(data)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -365,13 +365,13 @@ def test_a_source_that_cannot_be_read_is_an_error(source, tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(RotorError, match=r"model-0000\d-of-00002\.safetensors: Input/output error"):
-        job.quantize(source, tmp_path / "out", POLICY, **OPTIONS)
+        quantize(source, tmp_path / "out", POLICY, **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_number_of_workers_and_pieces_changes_no_byte(source, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(stream, "PIECE", 1 << 13)
-    job.quantize(source, tmp_path / "out", POLICY, **OPTIONS | {"workers": 4})
+    quantize(source, tmp_path / "out", POLICY, **OPTIONS | {"workers": 4})
     made = files(tmp_path / "out")
     assert {n: d for n, d in made.items() if n != manifest.PROVENANCE} == {
         n: d for n, d in whole.items() if n != manifest.PROVENANCE
@@ -397,5 +397,5 @@ def test_units_that_took_long_are_kept_before_their_layer_is_done(source, tmp_pa
         if event.kind == "unit_done":
             lines.append((tmp_path / "out" / WORK / journal.NAME).read_text().count('"unit"'))
 
-    job.quantize(source, tmp_path / "out", POLICY, progress=watch, **OPTIONS)
+    quantize(source, tmp_path / "out", POLICY, progress=watch, **OPTIONS)
     assert lines == list(range(len(lines))) and len(lines) > 10

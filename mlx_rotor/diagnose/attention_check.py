@@ -1,34 +1,128 @@
-"""A kernel against its reference: the same inputs, the reference on the CPU. The kernels run where MLX runs."""
+"""The kernels of a compressed KV cache against their references: the list of checks, and one of them run.
+
+A check gives kernel and reference the same inputs. The reference runs on the CPU, the kernel where MLX runs.
+"""
 
 from __future__ import annotations
 
-import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .. import codec, kernels
 from ..errors import RotorError
-from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, check_results, reference
+from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, reference
 from ..kernels.packed import TILE
 from ..kernels.packing import encode_reference
 from ..kernels.prefill import rotate_metal
 from ..kernels.segments import spread
-from .kernel_plan import CENTRED, Check
+from .checking import DTYPES, KERNEL_TOLERANCE, Found, Outcome, compared, normal, outcome
 
-# Largest |kernel - reference| over largest |reference|. Both round inputs alike; a kernel also keeps decoded tiles,
-# weights and its result in the dtype.
-ATTEND_TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+# What is checked, and the operation of `mlx_rotor.kernels` that runs it. In segments: two packed ones, with means where
+# the codec takes some, a window, and sinks that are seen beyond it.
+KINDS = {
+    "encode": "encode",
+    "encode, centred": "encode",
+    "decode, 1 row": "attend",
+    "decode, 8 rows": "attend",
+    "decode, segments": "attend",
+    "prefill": "attend",
+    "prefill, segments": "attend",
+    "rotate": "attend",
+    "dequantize": "dequantize",
+    "dequantize, centred": "dequantize",
+}
+OF_PAIRS = ("decode, 1 row", "decode, 8 rows", "decode, segments", "prefill", "prefill, segments")
+CENTRED = ("encode, centred", "dequantize, centred")
+DIMS = (64, 80, 96, 128, 192, 256)
+# K and V of different codecs: the schemes people use, and two quantizers and two rotations in one kernel.
+MIXED = (("turbo4", "turbo2"), ("trellis4", "iso3"))
+USUAL_DIM = 128
 VECTOR_TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 # A compiler that fuses a multiply and an add rounds once less, and a coordinate between two levels may take the other.
 WORDS_TOLERANCE, DISTORTION_TOLERANCE = 1e-3, 1e-3
 SCALE_STEPS = 1  # float16 steps that such a scale may be off
 SPAN = 64  # tokens that share a mean of K
+
+
+@dataclass(frozen=True)
+class AttentionCheck:
+    """One kernel. `v` is `k` but where attention reads two codecs; `dtype` is that of vectors and queries."""
+
+    kind: str
+    k: str
+    v: str
+    dim: int
+    dtype: mx.Dtype
+
+    @property
+    def operation(self) -> str:
+        return KINDS[self.kind]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).rpartition(".")[2]
+
+    @property
+    def name(self) -> str:
+        codecs = self.k if self.k == self.v else f"{self.k}/{self.v}"
+        return f"{self.kind}: {codecs}, {self.dim} x {self.dtype_name}"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the kernel reads, as check results name it."""
+        return tuple(dict.fromkeys(f"{name}@{self.dim}" for name in (self.k, self.v)))
+
+    def facts(self) -> dict[str, Any]:
+        return {"k": self.k, "v": self.v, "dim": self.dim}
+
+
+def every() -> list[AttentionCheck]:
+    """All checks of all codecs that have a kernel. Those of one pair of codecs and one dimension are neighbours."""
+    names = codec.names()
+    pairs = [(name, name) for name in names] + [pair for pair in MIXED if set(pair) <= set(names)]
+    return [
+        AttentionCheck(kind, k, v, dim, dtype)
+        for dim in DIMS
+        for k, v in pairs
+        if _has_kernel(k, dim) and _has_kernel(v, dim)
+        for dtype in DTYPES
+        for kind in KINDS
+        if (k == v or kind in OF_PAIRS) and (kind not in CENTRED or codec.get(k, dim).scaled)
+    ]
+
+
+def quick() -> list[AttentionCheck]:
+    """A part of `every`: all codecs at the usual dimension in float16, one codec a family at the others, other dtypes
+    with the default codecs and the trellis."""
+    families = set(_one_a_family(codec.names()))
+    usual = {("turbo4", "turbo2"), ("turbo4", "turbo4"), ("trellis3", "trellis3")}
+    return [
+        check
+        for check in every()
+        if (check.dim == USUAL_DIM and (check.dtype == mx.float16 or (check.k, check.v) in usual))
+        or (check.dtype == mx.float16 and check.k == check.v and check.k in families)
+    ]
+
+
+def _has_kernel(name: str, dim: int) -> bool:
+    try:
+        return codec.get(name, dim).kernel is not None
+    except RotorError:
+        return False
+
+
+def _one_a_family(names: list[str]) -> Iterator[str]:
+    """The 3-bit codec of each family, whose fields are the least regular; else its first."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(name.rstrip("0123456789"), []).append(name)
+    for family, members in families.items():
+        yield f"{family}3" if f"{family}3" in members else members[0]
 
 
 @dataclass(frozen=True)
@@ -43,55 +137,7 @@ class Size:
     heads: int = 2
 
 
-Found = tuple[bool, float | None, float | None, str]
-
-
-class AnyCheck(Protocol):
-    """What is known of a check, of whatever kernel."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def operation(self) -> str: ...
-
-    @property
-    def dtype_name(self) -> str: ...
-
-    @property
-    def reads(self) -> tuple[str, ...]: ...
-
-    def facts(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """`error` is on the scale of `tolerance`, None where the kernel gave nothing; `note` says more, or why."""
-
-    check: AnyCheck
-    passed: bool
-    error: float | None
-    tolerance: float | None
-    note: str
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        c = self.check
-        return {
-            **{"check": c.name, "operation": c.operation, **c.facts(), "dtype": c.dtype_name},
-            **{"passed": self.passed, "error": self.error, "tolerance": self.tolerance, "note": self.note},
-            "seconds": round(self.seconds, 3),
-        }
-
-    def failure(self) -> check_results.Failure:
-        c = self.check
-        return check_results.Failure(c.name, c.operation, c.reads, c.dtype_name)
-
-
-def run(check: Check, size: Size | None = None) -> Outcome:
+def run(check: AttentionCheck, size: Size | None = None) -> Outcome:
     """One check. Whatever the kernel raises, from its compiler or on the way, is a failure with that note.
 
     Raises:
@@ -100,26 +146,7 @@ def run(check: Check, size: Size | None = None) -> Outcome:
     return outcome(check, lambda: CHECKS[check.kind.partition(",")[0]](check, size or Size()))
 
 
-def outcome(check: AnyCheck, made: Callable[[], Found]) -> Outcome:
-    """What `made` finds of `check`. Raises as `run`."""
-    if kernels.backend() != "metal":
-        raise RotorError(f"kernels are checked on the metal backend, and this is {kernels.backend()}")
-    started = time.perf_counter()
-    try:
-        with check_results.ignored():
-            passed, error, tolerance, note = made()
-    except Exception as e:
-        lines = [line for line in str(e).splitlines() if line.strip()]
-        passed, error, tolerance, note = False, None, None, f"{type(e).__name__}: {' '.join(lines)[:500]}"
-    return Outcome(check, passed, error, tolerance, note, time.perf_counter() - started)
-
-
-def record(outcomes: Sequence[Outcome]) -> None:
-    """Stores the results that `check_results.refuse` reads."""
-    check_results.record([o.check.name for o in outcomes], [o.failure() for o in outcomes if not o.passed])
-
-
-def _encode(check: Check, size: Size) -> Found:
+def _encode(check: AttentionCheck, size: Size) -> Found:
     """Words and scales, bit for bit; where a few differ, the distortion decides. With means, from inside a group on."""
     made = codec.get(check.k, check.dim)
     first, span = (TILE, SPAN) if check.kind in CENTRED else (0, 0)
@@ -157,7 +184,7 @@ def _encode(check: Check, size: Size) -> Found:
     return passed, differ / of, WORDS_TOLERANCE, note
 
 
-def _attend(check: Check, size: Size) -> Found:
+def _attend(check: AttentionCheck, size: Size) -> Found:
     """Sink tokens, packed and recent ones; more than one row sees causally."""
     kind, several = check.kind.removesuffix(", segments"), check.kind.endswith(", segments")
     rows, group = {"decode, 1 row": (1, 1), "decode, 8 rows": (2, 4), "decode": (2, 2)}.get(kind, (size.prefill, 2))
@@ -192,10 +219,10 @@ def _attend(check: Check, size: Size) -> Found:
     mx.eval(got)
     with mx.stream(mx.cpu):
         want = reference.attend(q.astype(mx.float32), segments, AttentionArgs(**how))
-    return compared(got, want, check.dtype, ATTEND_TOLERANCE)
+    return compared(got, want, check.dtype, KERNEL_TOLERANCE)
 
 
-def _dequantize(check: Check, size: Size) -> Found:
+def _dequantize(check: AttentionCheck, size: Size) -> Found:
     """From inside a tile to inside another."""
     side = _side(check.k, check.dim, size.heads, size.packed, SPAN if check.kind in CENTRED else None)
     got = kernels.dequantize(side, 5, size.packed - 3, check.dtype)
@@ -205,7 +232,7 @@ def _dequantize(check: Check, size: Size) -> Found:
     return compared(got, want, check.dtype, VECTOR_TOLERANCE)
 
 
-def _rotate(check: Check, size: Size) -> Found:
+def _rotate(check: AttentionCheck, size: Size) -> Found:
     """There, and back from there: the worse of both."""
     made = codec.get(check.k, check.dim)
     assert made.kernel is not None
@@ -220,30 +247,13 @@ def _rotate(check: Check, size: Size) -> Found:
     return max(both, key=lambda found: (not found[0], found[1] or 0))
 
 
-CHECKS: dict[str, Callable[[Check, Size], Found]] = {
+CHECKS: dict[str, Callable[[AttentionCheck, Size], Found]] = {
     "encode": _encode,
     "decode": _attend,
     "prefill": _attend,
     "rotate": _rotate,
     "dequantize": _dequantize,
 }
-
-
-def compared(got: mx.array, want: mx.array, dtype: mx.Dtype, tolerances: dict[mx.Dtype, float]) -> Found:
-    if got.shape != want.shape or got.dtype != dtype:
-        return False, None, None, f"{got.dtype} {got.shape} instead of {dtype} {want.shape}"
-    with mx.stream(mx.cpu):
-        a, b = np.array(got.astype(mx.float32), np.float64), np.array(want, np.float64)
-    error, tolerance = float(np.abs(a - b).max() / np.abs(b).max()), tolerances[dtype]
-    # No number compares as within the tolerance.
-    passed = error <= tolerance
-    return passed, error if np.isfinite(error) else None, tolerance, "" if np.isfinite(a).all() else "NaN or infinity"
-
-
-def normal(seed: str, *shape: int) -> mx.array:
-    """float32, the same for a seed on every machine."""
-    rng = np.random.default_rng(zlib.crc32(seed.encode()))
-    return mx.array(rng.standard_normal(shape).astype(np.float32))
 
 
 def _means(seed: str, dim: int, heads: int, tokens: int, span: int) -> mx.array:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..cache import parse
 from ..errors import RotorError
 from ..kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, Segment, check_results
 from ..kernels.packed import TILE
+from .timing import SHARE, memory, repeated
 
 KV_HEADS, DIM = 8, 128
 LENGTHS = tuple(1024 << i for i in range(8))
@@ -25,12 +25,11 @@ SCHEMES = ("turbo4v2", "trellis3")
 CHAIN = 8
 # Keys and values in turn, as each layer has its own, until that much is read: small ones would stay in a GPU's cache.
 COLD_BYTES = 256 << 20
-SHARE = 0.6  # of the memory at hand that a measurement may take
-WARM_UP, REPEATS, SECONDS = 2, 15, 1.0
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
-class Timing:
+class AttentionTiming:
     """Milliseconds an attention, None where it was not measured; `skipped` says why."""
 
     scheme: str
@@ -49,14 +48,6 @@ class Timing:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def memory() -> int:
-    """Bytes MLX may take here: the recommended working set of a GPU, else the machine's memory, less what is in use."""
-    total = mx.device_info().get("max_recommended_working_set_size")
-    if total is None:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(0, int(total) - mx.get_active_memory())
-
-
 def cells(
     schemes: Sequence[str] = SCHEMES, query_heads: Sequence[int] = QUERY_HEADS, lengths: Sequence[int] = LENGTHS
 ) -> list[tuple[str, int, int]]:
@@ -64,7 +55,7 @@ def cells(
     return [(scheme, heads, tokens) for scheme in schemes for heads in query_heads for tokens in lengths]
 
 
-def measure(scheme: str, query_heads: int, tokens: int, room: int | None = None) -> Timing:
+def measure_attention(scheme: str, query_heads: int, tokens: int, room: int | None = None) -> AttentionTiming:
     """One line; `room` in bytes, None: `memory()`. A kernel that does not run is a line that says so.
 
     Graphs are built before the clock starts: generating, that happens while the GPU works on the token before.
@@ -73,12 +64,12 @@ def measure(scheme: str, query_heads: int, tokens: int, room: int | None = None)
     fp16 = 2 * 2 * KV_HEADS * tokens * DIM  # the packed side is smaller
     copies = min(CHAIN, int(SHARE * room) // (2 * fp16), 1 + COLD_BYTES // fp16)
     if not copies:
-        return Timing(
+        return AttentionTiming(
             scheme, query_heads, tokens, skipped=f"needs {2 * fp16 / SHARE / 1e9:.1f} GB, {room / 1e9:.1f} GB free"
         )
     try:
         with check_results.ignored():
-            return Timing(
+            return AttentionTiming(
                 scheme,
                 query_heads,
                 tokens,
@@ -86,18 +77,18 @@ def measure(scheme: str, query_heads: int, tokens: int, room: int | None = None)
                 _packed_ms(scheme, query_heads, tokens, copies),
             )
     except Exception as e:
-        return Timing(scheme, query_heads, tokens, skipped=f"{type(e).__name__}: {str(e)[:300]}")
+        return AttentionTiming(scheme, query_heads, tokens, skipped=f"{type(e).__name__}: {str(e)[:300]}")
     finally:
         mx.clear_cache()
 
 
 def _exact_ms(query_heads: int, tokens: int, copies: int) -> float:
-    def layer(run: ExactSegment) -> Attention:
-        return lambda q: mx.fast.scaled_dot_product_attention(q, run.k, run.v, scale=DIM**-0.5)
+    def layer(past: ExactSegment) -> Attention:
+        return lambda q: mx.fast.scaled_dot_product_attention(q, past.k, past.v, scale=DIM**-0.5)
 
     segments = [_exact(tokens) for _ in range(copies)]
-    mx.eval([[run.k, run.v] for run in segments])
-    return _milliseconds(query_heads, [layer(run) for run in segments])
+    mx.eval([[past.k, past.v] for past in segments])
+    return _milliseconds(query_heads, [layer(past) for past in segments])
 
 
 def _packed_ms(scheme: str, query_heads: int, tokens: int, copies: int) -> float:
@@ -147,13 +138,4 @@ def _milliseconds(query_heads: int, layers: Sequence[Attention]) -> float:
 
     for _ in range(WARM_UP):
         once()
-    return 1e3 * statistics.median(bounded(once)) / CHAIN
-
-
-def bounded(once: Callable[[], float]) -> Iterator[float]:
-    """REPEATS times, fewer (3 at least) where that takes longer than SECONDS."""
-    end = time.perf_counter() + SECONDS
-    for i in range(REPEATS):
-        if i >= 3 and time.perf_counter() > end:
-            return
-        yield once()
+    return 1e3 * statistics.median(repeated(once)) / CHAIN

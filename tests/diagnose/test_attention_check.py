@@ -5,9 +5,8 @@ import pytest
 
 import metal_sim
 from mlx_rotor import RotorError, codec
-from mlx_rotor.diagnose import kernel_check, kernel_plan
-from mlx_rotor.diagnose.kernel_check import Size, run
-from mlx_rotor.diagnose.kernel_plan import Check
+from mlx_rotor.diagnose import attention_check, checking
+from mlx_rotor.diagnose.attention_check import AttentionCheck, Size, run
 from mlx_rotor.kernels import check_results, metal
 from mlx_rotor.kernels.packing import encode_reference
 
@@ -73,7 +72,7 @@ def flipped(tiles, words):
 )
 def test_the_kernels_pass(kind, k, v, dim, dtype):
     metal.use_maker(metal_sim.Kernel)
-    outcome = run(Check(kind, k, v, dim, dtype), SMALL)
+    outcome = run(AttentionCheck(kind, k, v, dim, dtype), SMALL)
     assert outcome.passed, outcome.note
     assert outcome.note == "" and outcome.error < outcome.tolerance / 2
     if kind.startswith("encode"):
@@ -93,7 +92,7 @@ def test_the_kernels_pass(kind, k, v, dim, dtype):
 )
 def test_a_broken_attention_fails(spoil, says):
     making(spoil, only="merge")
-    outcome = run(Check("decode, 1 row", "turbo4", "turbo4", DIM, mx.float32), SMALL)
+    outcome = run(AttentionCheck("decode, 1 row", "turbo4", "turbo4", DIM, mx.float32), SMALL)
     assert not outcome.passed and says in outcome.note
     assert outcome.error is None or outcome.error > outcome.tolerance
 
@@ -108,7 +107,7 @@ def test_a_broken_rotation_fails_in_either_direction(turn):
         return [outs[0] * (1.1 if len(calls) == turn + 1 else 1)]
 
     making(spoil, only="rotate")
-    outcome = run(Check("rotate", "turbo3", "turbo3", DIM, mx.float32), SMALL)
+    outcome = run(AttentionCheck("rotate", "turbo3", "turbo3", DIM, mx.float32), SMALL)
     assert not outcome.passed and outcome.error == pytest.approx(0.1, rel=1e-3) and len(calls) == 2
 
 
@@ -129,7 +128,7 @@ def test_a_broken_rotation_fails_in_either_direction(turn):
 def test_words_that_differ_pass_where_they_are_few_and_cost_nothing(spoil, passed, says):
     made = codec.get("turbo4", DIM)
     references(made, spoil)
-    outcome = run(Check("encode", "turbo4", "turbo4", DIM, mx.float32), Size(encoded=500))
+    outcome = run(AttentionCheck("encode", "turbo4", "turbo4", DIM, mx.float32), Size(encoded=500))
     assert outcome.passed == passed, outcome.note
     assert says in outcome.note and bool(outcome.note) == (says != "" or not passed)
 
@@ -139,21 +138,21 @@ def test_a_kernel_that_does_not_compile_fails_with_the_compilers_words():
         raise RuntimeError("Unable to build metal library\nerror: no such type\n")
 
     metal.use_maker(maker)
-    for kind in kernel_plan.KINDS:
-        outcome = run(Check(kind, "turbo4", "turbo4", DIM, mx.float16), SMALL)
+    for kind in attention_check.KINDS:
+        outcome = run(AttentionCheck(kind, "turbo4", "turbo4", DIM, mx.float16), SMALL)
         assert not outcome.passed and outcome.error is None
         assert outcome.note == "RuntimeError: Unable to build metal library error: no such type"
 
 
 def test_outcomes_become_results_that_name_the_check():
     references(codec.get("turbo4", DIM), lambda tiles, scale: [tiles, scale * 2])
-    bad = run(Check("encode", "turbo4", "turbo4", DIM, mx.float32), SMALL)
-    kernel_check.record([bad])
+    bad = run(AttentionCheck("encode", "turbo4", "turbo4", DIM, mx.float32), SMALL)
+    checking.record([bad])
     with pytest.raises(RotorError, match="encode: turbo4, 64 x float32"):
         check_results.refuse("encode", mx.float32, codec.get("turbo4", DIM))
     assert not run(bad.check, SMALL).passed, "a refused kernel is checked again"
     references(codec.get("turbo4", DIM), lambda tiles, scale: [tiles, scale])
-    kernel_check.record([run(bad.check, SMALL)])
+    checking.record([run(bad.check, SMALL)])
     check_results.refuse("encode", mx.float32, codec.get("turbo4", DIM))
     assert bad.to_dict()["check"] == bad.check.name and bad.to_dict()["passed"] is False
 
@@ -161,19 +160,19 @@ def test_outcomes_become_results_that_name_the_check():
 def test_a_reference_is_not_compared_with_itself(monkeypatch):
     monkeypatch.setenv("MLX_ROTOR_BACKEND", "reference")
     with pytest.raises(RotorError, match="this is reference"):
-        run(Check("encode", "turbo4", "turbo4", DIM, mx.float32), SMALL)
+        run(AttentionCheck("encode", "turbo4", "turbo4", DIM, mx.float32), SMALL)
 
 
 def test_the_plan_covers_the_registry():
-    every, quick = kernel_plan.every(), kernel_plan.quick()
+    every, quick = attention_check.every(), attention_check.quick()
     assert len({check.name for check in every}) == len(every)
     assert set(quick) < set(every) and len(quick) < len(every) / 4
     names = [name for name in codec.names() if codec.get(name, 128).kernel is not None]
-    for kind in kernel_plan.KINDS:
-        able = {n for n in names if kind not in kernel_plan.CENTRED or codec.get(n, 128).scaled}
+    for kind in attention_check.KINDS:
+        able = {n for n in names if kind not in attention_check.CENTRED or codec.get(n, 128).scaled}
         alike = {(c.k, c.dim, c.dtype) for c in every if c.kind == kind and c.k == c.v}
-        assert alike == {(n, d, t) for n in able for d in kernel_plan.DIMS for t in kernel_plan.DTYPES}
-        assert {c.k for c in quick if c.kind == kind} == able and {c.dim for c in quick} == set(kernel_plan.DIMS)
-        assert {c.dtype for c in quick if c.kind == kind} == set(kernel_plan.DTYPES)
-    assert {(c.k, c.v) for c in every if c.k != c.v} == set(kernel_plan.MIXED)
-    assert {c.kind for c in every if c.k != c.v} == set(kernel_plan.OF_PAIRS)
+        assert alike == {(n, d, t) for n in able for d in attention_check.DIMS for t in checking.DTYPES}
+        assert {c.k for c in quick if c.kind == kind} == able and {c.dim for c in quick} == set(attention_check.DIMS)
+        assert {c.dtype for c in quick if c.kind == kind} == set(checking.DTYPES)
+    assert {(c.k, c.v) for c in every if c.k != c.v} == set(attention_check.MIXED)
+    assert {c.kind for c in every if c.k != c.v} == set(attention_check.OF_PAIRS)
