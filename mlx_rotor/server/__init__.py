@@ -1,13 +1,13 @@
-"""An OpenAI-compatible server: which requests are understood, which models are served, and what is refused.
+"""An OpenAI-compatible server over compressed KV caches, on top of mlx_lm.server.
 
-Compressed caches for people who start mlx_lm.server themselves.
+`running` starts `provider` (models) and `generator` (the thread that generates), and answers HTTP with `choices` and
+`handler`. Each request passes `reader`, which checks `fields`, looks models up in `catalog` and raises a `refusal`.
 """
 
 from __future__ import annotations
 
 from ..cache import DEFAULT, Scheme, parse
 from ..host.experts import AUTO
-from .reader import OpenAI
 from .running import Patch, patch
 
 __all__ = ["patch_server"]
@@ -23,17 +23,25 @@ def patch_server(
 ) -> Patch:
     """Makes `mlx_lm.server.main()` serve every model through a compressed KV cache, batches and prompt cache included.
 
+    For programs that start mlx_lm's server themselves; `python -m mlx_rotor.server` does the same for its own.
+
     Args:
-        kv: a scheme or its text, `exact` (or None) for mlx_lm's own cache.
-        sinks, ring, protect_layers: what stays exact or a step wider; None keeps the scheme's.
-        experts: `auto`, `fused` or `stock`, as `attach_experts` takes it.
+        kv: a scheme or its text, such as "turbo4v2"; `exact` (or None) keeps mlx_lm's own cache.
+        sinks, ring: first and most recent tokens that stay exact; None keeps the scheme's numbers.
+        protect_layers: layers at either end that are compressed a step less; None keeps the scheme's number.
+        experts: `auto`, `fused` or `stock`, as in `attach_experts`.
 
     Returns:
-        What takes it away again: `undo()`, or the end of a `with` block.
+        A patch whose `undo()`, or the end of a `with` block, gives mlx_lm.server its own parts back.
 
     Raises:
-        RotorError: unknown scheme, or mode of experts.
+        RotorError: an unknown scheme, or an unknown mode of experts.
+
+    Example:
+        >>> import mlx_lm.server
+        >>> with mlx_rotor.patch_server("turbo4v2"):
+        ...     mlx_lm.server.main()
     """
     scheme = parse(kv) if isinstance(kv, str) else kv
     scheme = scheme and scheme.keeping(sinks=sinks, ring=ring, protect_layers=protect_layers)
-    return patch(scheme, OpenAI, experts)
+    return patch(scheme, experts)

@@ -23,13 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheme = kv.choice_of(args).scheme
 
     from ..bundled import MODEL
-    from .reader import OpenAI
     from .running import start
 
     args.model = args.model or str(MODEL)
     # A service manager's way to say Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start(args, scheme, OpenAI(args.model), lambda line: print(line, flush=True))
+    start(args, scheme, lambda line: print(line, flush=True))
     print("stopped", file=sys.stderr)
     return 0
 

@@ -1,4 +1,4 @@
-"""Which models can be asked for by which names. Nothing is downloaded because a request names it."""
+"""The names by which models can be asked for. Nothing is downloaded because a request names it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Catalog:
         self.names = {n for n in (DEFAULT_NAME, default, self.id, folder and folder.name) if n}
 
     def name(self, asked: str | None) -> str:
-        """What answers call the model that `asked` names."""
+        """The name that answers give the model that `asked` names."""
         return asked or self.id or DEFAULT_NAME
 
     def resolve(self, asked: str | None, *, param: str = "model", adapted: bool = False) -> str:
-        """What mlx_lm's server is to be asked for.
+        """The name by which mlx_lm's server is asked for the model.
 
         Args:
             param: the field that asks.
-            adapted: the request brings its own adapter, which mlx_lm's server overlooks under the default's name.
+            adapted: the request names an adapter, which mlx_lm's server ignores under the default model's name.
 
         Raises:
             Refusal: 404 that lists what is served.
@@ -82,7 +82,7 @@ def folder_with(file: str, name: str) -> str | None:
     try:
         folder = Path(name).expanduser()
         return str(folder.resolve()) if (folder / file).is_file() else None
-    except (OSError, ValueError, RuntimeError):  # what no file system takes for a path
+    except (OSError, ValueError, RuntimeError):  # no path on any file system
         return None
 
 

@@ -1,6 +1,6 @@
-"""Checks of single fields of a request. Each returns the value as mlx_lm's server takes it, or says what is wrong.
+"""Checks of a request's fields. Each returns the value as mlx_lm's server takes it, or refuses it and says why.
 
-Checks of a chat's messages and tools: their shape, not whether the model's template likes them.
+A chat's messages and tools are checked for their shape; whether the model's template takes them is found out later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LARGEST = (1 << 31) - 1
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value as error messages show it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -30,7 +30,7 @@ class Number:
 
     def read(self, name: str, value: Any) -> int | float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # Not a number (NaN) lies nowhere.
+        # NaN lies in no range.
         if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
             raise Refusal(f"{name} must be {self}, not {shown(value)}", param=name)
         return int(value) if self.whole else float(value)
@@ -99,7 +99,7 @@ def stop_words(value: Any) -> list[str]:
 
 
 def logit_bias(value: Any) -> dict[str, float]:
-    """Token ids, as JSON's strings, to finite numbers. Which ids exist is the model's to say."""
+    """Token ids, which JSON has as strings, to finite numbers. Ids are held against the vocabulary later."""
     bias = {}
     for key, amount in mapping("logit_bias", value).items():
         if not (isinstance(key, str) and key.isdecimal() and key.isascii()):
@@ -122,14 +122,14 @@ def prompts(value: Any) -> list[str | list[int]]:
             f"not {shown(value)}",
             param="prompt",
         )
-    # What an empty string comes to alone is the tokenizer's to say; among others it would break off their answer.
+    # The tokenizer decides about a single empty string; among others it would break off their answers.
     if [] in many or (len(many) > 1 and "" in many):
         raise Refusal("prompt is empty: no token to begin with", param="prompt")
     return many
 
 
 def messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with their reasoning under both names templates look for."""
+    """A chat's messages, with their reasoning under both names that templates look for."""
     found = items("messages", value)
     if not found:
         raise Refusal("messages is empty: there is nothing to answer", param="messages")

@@ -1,7 +1,4 @@
-"""Stop words found in text, wherever tokens begin and end. mlx_lm finds only words that come as its own tokens.
-
-mlx_lm.server's generation thread, which here outlives what goes wrong in it, and its cache of prompts.
-"""
+"""mlx_lm.server's generation thread, kept alive when a request fails, and its cache of prompts."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,60 +18,13 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from ..errors import RotorError
 from .provider import Provider
 from .refusal import Refusal, Unanswered
-
-
-def first(text: str, words: list[str]) -> int:
-    """Where the word that is complete first begins in `text`; -1 where none stands in it."""
-    found = [(at + len(word), at) for word in words if (at := text.find(word)) >= 0]
-    return min(found)[1] if found else -1
-
-
-def begun(text: str, words: list[str]) -> int:
-    """Length of the longest end of `text` that may be the beginning of a word."""
-    longest = min(len(text), max(map(len, words)) - 1)
-    return next((n for n in range(longest, 0, -1) if any(w.startswith(text[-n:]) for w in words)), 0)
-
-
-def until_stop(
-    responses: Iterator[Any], words: list[str], ends: set[int], decode: Callable[[int], str]
-) -> Iterator[Any]:
-    """mlx_lm's responses up to the first of `words`, which is left out, as is all that follows.
-
-    mlx_lm's handler drops the text of a response that says "stop": what is left to say is put into the one before,
-    which is therefore held until the next has come.
-
-    Args:
-        ends: tokens that end a turn.
-        decode: a token's text, for the token that completed a word among mlx_lm's own stops.
-    """
-    held, before = "", None
-    for r in responses:
-        ended = r.finish_reason == "stop" and r.token in ends
-        stopped = r.finish_reason == "stop" and not ended
-        text = held + ("" if ended else r.text or (decode(r.token) if stopped else ""))
-        at = first(text, words)
-        if ended or stopped or at >= 0:
-            left = text if ended else text[: max(at, 0)]
-            if before is not None:
-                yield replace(before, text=before.text + left)
-            elif left:
-                yield replace(r, text=left, finish_reason=None)
-            yield replace(r, text="", finish_reason="stop")
-            return
-        safe = len(text) - (begun(text, words) if r.finish_reason is None else 0)
-        held = text[safe:]
-        if before is not None:
-            yield before
-        before = replace(r, text=text[:safe])
-    if before is not None:
-        yield before
-
+from .stop_words import until_stop
 
 log = logging.getLogger(__name__)
 
 
 class PromptCache(stock.LRUPromptCache):
-    """Always leaves a token of the prompt to run: without one there are no logits to go on from."""
+    """mlx_lm's cache of prompts, which here always leaves a token to run: without one there are no logits."""
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
@@ -88,6 +37,7 @@ class PromptCache(stock.LRUPromptCache):
 
 
 def as_refusal(error: BaseException) -> Refusal:
+    """The answer that tells a client of `error`: its own text for a RotorError, else that generation failed."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, RotorError):
@@ -109,11 +59,11 @@ def lenient(parser: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 
 class Generator(stock.ResponseGenerator):
-    """One thread that owns model and caches.
+    """The thread that owns model and caches.
 
     Attributes:
-        loaded: set once the default model is loaded, or has failed to.
-        failure: why it failed.
+        loaded: set once the default model is loaded or its loading has failed.
+        failure: the error that loading ended with, None if it didn't.
     """
 
     model_provider: Provider
@@ -139,8 +89,8 @@ class Generator(stock.ResponseGenerator):
                 self._generate()
             except Exception as e:
                 log.exception("generation failed")
-                # What a batch was at is lost; the model and the stored prompts are not. Ranks must not part ways, and
-                # what fails without a request would fail again.
+                # The requests of the batch are lost; the model and the stored prompts are not. Machines that share a
+                # model must stay in step, and a failure without a request would come again.
                 self._generation_failed = self._is_distributed or self._taken == taken
                 for queue in list(self._waiting):
                     queue.put(as_refusal(e))
@@ -197,10 +147,10 @@ class Generator(stock.ResponseGenerator):
         return stops, text_machine
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
-        """As mlx_lm's.
+        """mlx_lm's `generate`, with our stop words.
 
         Raises:
-            Unanswered: nothing can be generated; says why.
+            Unanswered: nothing can be generated; its refusal says why.
         """
         try:
             ctx, responses = super().generate(request, generation_args, progress_callback)
@@ -217,6 +167,6 @@ class Generator(stock.ResponseGenerator):
                 generated, generation_args.stop_words, tokenizer.eos_token_ids, lambda t: tokenizer.decode([t])
             )
             if self._is_distributed:
-                # No rank may leave off before the others: the rest is taken in and not shown.
+                # No machine may stop before the others: the rest is generated and not shown.
                 responses = chain(responses, (r for r in generated if False))
         return ctx, responses

@@ -23,10 +23,10 @@ from ..kernels import backend
 
 
 def kv_report(caches: Sequence[Any], scheme: Scheme | None, kv_bits: int | None) -> dict[str, Any]:
-    """What `/health` says about the KV cache: scheme, backend, layers by codecs, windows and why they were left alone.
+    """The KV cache in `/health`: scheme, backend, layers by codecs, windows, and why layers were left alone.
 
     Args:
-        kv_bits: what mlx_lm itself quantizes exact caches to.
+        kv_bits: the bits that mlx_lm itself quantizes exact caches to, None for none.
     """
     layers = report.layers(caches)
     exact = "exact" if kv_bits is None else f"mlx_lm's {kv_bits} bits"
@@ -48,10 +48,10 @@ class Provider(stock.ModelProvider):
     """Loads models as mlx_lm.server does and attaches `scheme`, a class attribute, to each; None leaves them alone.
 
     Attributes:
-        experts: a class attribute, what `attach_experts` is given; expert_report: what it gave for the model.
-        kv: `kv_report` of the model that is loaded, None while there is none.
-        line: the same in a line for people.
-        logits: width of the model's output; ids from here on name no token.
+        experts: a class attribute, the mode that `attach_experts` is given; expert_report: its report of the model.
+        kv: `kv_report` of the loaded model, None while there is none.
+        line: the same as a line of text.
+        logits: the width of the model's output; token ids are below it.
     """
 
     scheme: Scheme | None = None

@@ -1,8 +1,9 @@
-"""OpenAI's requests as mlx_lm's server takes them. What can't be served as asked is refused, never passed over."""
+"""OpenAI's requests, read into what mlx_lm's server takes. What can't be served as asked is refused, never ignored."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from .catalog import DEFAULT_NAME, Catalog, folder_with
@@ -20,10 +21,9 @@ from .fields import (
     text,
     tools,
 )
-from .handler import Asked
 from .refusal import Refusal
 
-# Field: values it may have, and how they are called. Everything else asks for something this server does not do.
+# Field -> the values that are served, and their description. Any other value is refused.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "n": ((1,), "1: one choice a request"),
     "best_of": ((1,), "1"),
@@ -38,17 +38,33 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-class OpenAI:
+@dataclass(frozen=True)
+class Asked:
+    """A request that has been read.
+
+    Attributes:
+        body: JSON that mlx_lm's handler takes without an error.
+        model: the name that answers carry.
+        prompts: text or token ids of each choice; empty in a chat.
+    """
+
+    body: dict[str, Any]
+    model: str
+    prompts: list[str | list[int]]
+
+
+class OpenAIReader:
     """Reads requests to a server whose default model is `default`, a folder, a repository or None."""
 
     def __init__(self, default: str | None) -> None:
         self.catalog = Catalog(default)
 
     def models(self) -> list[dict[str, Any]]:
+        """The models that can be asked for, in the form of OpenAI's list."""
         return self.catalog.list()
 
     def read(self, kind: str, raw: bytes) -> Asked:
-        """A "chat" or "text" request's body.
+        """Reads the body of a request; `kind` is "chat" or "text".
 
         Raises:
             Refusal: what can't be served, and why.

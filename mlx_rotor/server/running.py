@@ -1,4 +1,4 @@
-"""mlx_lm.server's flags and its run loop, with compressed caches underneath; and the same put under its own `main`."""
+"""The server's flags and its run loop, which are mlx_lm.server's with compressed caches, also under its own `main`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from mlx_lm import server as stock
 from ..cache import Scheme
 from ..errors import RotorError
 from ..host.experts import AUTO, check_mode
+from .choices import ChoicesHandler
 from .generator import Generator, PromptCache
-from .handler import Handler, Reader
 from .provider import Provider
+from .reader import OpenAIReader
 
 log = logging.getLogger(__name__)
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 class _Reached(Exception):
-    """Thrown out of mlx_lm's `main` with the parser it made."""
+    """Carries the parser that mlx_lm's `main` made out of it."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parser = parser
@@ -57,7 +58,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def _bind(host: str, port: int) -> _Server:
-    """A server that listens and does not answer yet; port 0 takes a free one.
+    """Opens the port; nothing is answered yet. Port 0 takes a free one.
 
     Raises:
         RotorError: the port is in use, or can't be listened on.
@@ -69,22 +70,20 @@ def _bind(host: str, port: int) -> _Server:
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         kind = type("Server", (_Server,), {"address_family": family})
-        return kind(address, Handler)
+        return kind(address, ChoicesHandler)
     except OSError as e:
         why = e.strerror or str(e)
         raise RotorError(f"can't listen on {host or '*'} port {port}: {why}; give another --host or --port") from e
 
 
-def serve(
-    host: str, port: int, provider: Provider, reader: Reader, *, announce: Callable[[str], None] = log.info
-) -> None:
+def serve(host: str, port: int, provider: Provider, announce: Callable[[str], None] = log.info) -> None:
     """Loads the default model and answers requests until Ctrl-C.
 
     Args:
-        announce: takes the line that says what is served, when it is.
+        announce: called with the line that says what is served, once it is.
 
     Raises:
-        RotorError: the port can't be had or the default model can't be loaded.
+        RotorError: the port can't be opened or the default model can't be loaded.
     """
     args = provider.cli_args
     server = _bind(host, port) if mx.distributed.init().rank() == 0 else None
@@ -98,7 +97,7 @@ def serve(
         if generator.failure is not None:
             raise generator.failure
         server.RequestHandlerClass = partial(  # type: ignore[assignment]
-            Handler, generator, reader, system_fingerprint=stock.get_system_fingerprint()
+            ChoicesHandler, generator, OpenAIReader(args.model), system_fingerprint=stock.get_system_fingerprint()
         )
         if host not in LOOPBACK:
             log.warning("anyone who can reach %s can use this server: it asks for no password", host or "this machine")
@@ -121,19 +120,20 @@ def _line(server: ThreadingHTTPServer, provider: Provider) -> str:
     return f"{url}: {provider.cli_args.model}; KV cache {provider.kv['scheme']}: {provider.line}; {batching}"
 
 
-def start(args: argparse.Namespace, scheme: Scheme | None, reader: Reader, announce: Callable[[str], None]) -> None:
-    """What mlx_lm.server's `main` does with its flags, then `serve`."""
+def start(args: argparse.Namespace, scheme: Scheme | None, announce: Callable[[str], None]) -> None:
+    """Does with the flags of `stock_parser` what mlx_lm.server's `main` does, then serves; see `serve`."""
     stock.maybe_set_recommended_wired_limit()
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s")
-    serve(args.host, args.port, provider_class(scheme, args.experts)(args), reader, announce=announce)
+    serve(args.host, args.port, provider_class(scheme, args.experts)(args), announce)
 
 
 def provider_class(scheme: Scheme | None, experts: str = AUTO) -> type[Provider]:
+    """The class of model providers that attach `scheme` and `experts`; mlx_lm's server makes the provider itself."""
     return type("Provider", (Provider,), {"scheme": scheme, "experts": experts})
 
 
 class Patch:
-    """What was put under mlx_lm.server; `undo`, or the end of a `with` block, takes it away again."""
+    """Replaced parts of mlx_lm.server; `undo`, or the end of a `with` block, puts the originals back."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self._before = {name: getattr(stock, name) for name in names}
@@ -141,7 +141,7 @@ class Patch:
             setattr(stock, name, value)
 
     def undo(self) -> None:
-        """Gives mlx_lm.server its own parts back; again does nothing."""
+        """Puts the originals back; a second call does nothing."""
         for name, value in self._before.items():
             setattr(stock, name, value)
         self._before = {}
@@ -153,8 +153,8 @@ class Patch:
         self.undo()
 
 
-def patch(scheme: Scheme | None, reader_for: Callable[[str | None], Reader], experts: str = AUTO) -> Patch:
-    """Makes `mlx_lm.server.main` serve compressed. `reader_for` takes the default model's name, or None.
+def patch(scheme: Scheme | None, experts: str = AUTO) -> Patch:
+    """Puts compressed caches under `mlx_lm.server.main`; None leaves mlx_lm's own. See `patch_server`.
 
     Raises:
         RotorError: an unknown mode of experts.
@@ -162,6 +162,6 @@ def patch(scheme: Scheme | None, reader_for: Callable[[str | None], Reader], exp
     check_mode(experts)
 
     def run(host: str, port: int, model_provider: Provider, *args: Any, **kwargs: Any) -> None:
-        serve(host, port, model_provider, reader_for(model_provider.cli_args.model))
+        serve(host, port, model_provider)
 
     return Patch({"ModelProvider": provider_class(scheme, experts), "run": run})

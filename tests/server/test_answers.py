@@ -11,9 +11,9 @@ import pytest
 from mlx_lm import server as stock
 
 from mlx_rotor.bundled import MODEL
+from mlx_rotor.server.choices import ChoicesHandler
 from mlx_rotor.server.generator import Generator, PromptCache
-from mlx_rotor.server.handler import Handler
-from mlx_rotor.server.reader import OpenAI
+from mlx_rotor.server.reader import OpenAIReader
 from mlx_rotor.server.running import provider_class, stock_parser
 
 
@@ -62,7 +62,7 @@ class Given(Generator):
 @contextlib.contextmanager
 def given(tokenizer, text, size=7, **more):
     generator = Given(tokenizer, text, size, **more)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, generator, OpenAI(str(MODEL))))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(ChoicesHandler, generator, OpenAIReader(str(MODEL))))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

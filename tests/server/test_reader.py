@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from mlx_rotor.bundled import MODEL
 from mlx_rotor.server import catalog, fields
 from mlx_rotor.server.catalog import Catalog
-from mlx_rotor.server.handler import Asked
-from mlx_rotor.server.reader import ONLY, OpenAI
+from mlx_rotor.server.reader import ONLY, Asked, OpenAIReader
 from mlx_rotor.server.refusal import Refusal
 from mlx_rotor.server.running import stock_parser
 
@@ -31,7 +30,7 @@ VALUES = st.recursive(
 
 def read(kind="chat", **body):
     body = {"messages": [{"role": "user", "content": "a"}]} | body if kind == "chat" else body
-    return OpenAI(str(MODEL)).read(kind, json.dumps(body).encode())
+    return OpenAIReader(str(MODEL)).read(kind, json.dumps(body).encode())
 
 
 @settings(max_examples=150, deadline=None, database=None)
@@ -40,7 +39,7 @@ def test_anything_is_read_or_refused(kind, body, complete):
     if complete:
         body = {"messages": [{"role": "user", "content": "a"}], "prompt": "a"} | body
     try:
-        asked = OpenAI(str(MODEL)).read(kind, json.dumps(body).encode())
+        asked = OpenAIReader(str(MODEL)).read(kind, json.dumps(body).encode())
     except Refusal as e:
         assert e.status in (400, 404) and e.message and json.dumps(e.body())
         return
@@ -55,7 +54,7 @@ def test_anything_is_read_or_refused(kind, body, complete):
 @given(st.binary(max_size=40))
 def test_bytes_are_read_or_refused(raw):
     with pytest.raises(Refusal):
-        OpenAI(None).read("chat", raw)
+        OpenAIReader(None).read("chat", raw)
 
 
 def test_numbers_are_told_in_full():
@@ -67,8 +66,8 @@ def test_numbers_are_told_in_full():
 
 def test_half_a_character_is_refused():
     with pytest.raises(Refusal, match="surrogate"):
-        OpenAI(str(MODEL)).read("text", rb'{"prompt": "a", "stop": ["\ud800"]}')
-    assert OpenAI(str(MODEL)).read("text", rb'{"prompt": "\ud83d\ude00"}').prompts == ["\U0001f600"]
+        OpenAIReader(str(MODEL)).read("text", rb'{"prompt": "a", "stop": ["\ud800"]}')
+    assert OpenAIReader(str(MODEL)).read("text", rb'{"prompt": "\ud83d\ude00"}').prompts == ["\U0001f600"]
 
 
 def test_reasoning_comes_back_under_both_names():
@@ -111,7 +110,7 @@ def test_other_names_are_no_models(name):
 
 def test_without_a_default_a_model_must_be_named():
     with pytest.raises(Refusal, match="no default model"):
-        OpenAI(None).read("text", b'{"prompt": "a"}')
+        OpenAIReader(None).read("text", b'{"prompt": "a"}')
     assert stock_parser().parse_args([]).model is None
 
 

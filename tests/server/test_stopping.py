@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import server as stock
 
-from mlx_rotor.server.generator import until_stop
+from mlx_rotor.server.stop_words import until_stop
 
 END = 9
 
