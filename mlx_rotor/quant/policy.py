@@ -160,6 +160,10 @@ def load(name: str | Path) -> Policy:
 
     Raises:
         RotorError: unknown name, unreadable file, or anything in it that is not understood.
+
+    Example:
+        >>> load("config-i").rules[0].roles
+        >>> load("mine.toml").floors
     """
     path = FOLDER / f"{name}.toml" if str(name) in shipped() else Path(name)
     if not path.is_file():
