@@ -1,4 +1,4 @@
-"""What the tests of kernels for few rows share: packed weights at random, experts nobody chose, comparisons."""
+"""Shared by the tests of kernels for few rows: packed weights at random, experts nobody chose, comparisons."""
 
 import mlx.core as mx
 import numpy as np

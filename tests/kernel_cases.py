@@ -1,4 +1,4 @@
-"""What the kernels' tests share: running them in the simulator or on a Mac's GPU, problems at random, mutations."""
+"""Shared by the kernels' tests: running them in the simulator or on a Mac's GPU, problems at random, mutations."""
 
 from __future__ import annotations
 
@@ -26,15 +26,22 @@ MIXED = [("trellis4", "turbo2"), ("turbo4", "trellis3"), ("iso3", "turbo2"), ("t
 SCHEDULES = [Options(), Options(order="reverse", flush_denormals=True), Options(order="random", seed=7)]
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 1.5e-3, mx.bfloat16: 1.2e-2}
 ON_GPU = mx.metal.is_available()
-needs_kernels = pytest.mark.skipif(not (SUPPORTED or ON_GPU), reason=UNSUPPORTED or "no Metal")
 needs_simulator = pytest.mark.skipif(not SUPPORTED, reason=UNSUPPORTED)
 
 
-class Simulator:
-    """Makes kernels that run in the simulator with `options`. `objections` are what it found; `reports` all of them."""
+def needs_kernels(test):
+    """Marks a test that runs kernels, on a Mac's GPU (`-m metal`) or in the simulator."""
+    return pytest.mark.metal(pytest.mark.skipif(not (SUPPORTED or ON_GPU), reason=UNSUPPORTED or "no Metal")(test))
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+
+class Simulator:
+    """Makes kernels that run in the simulator with `options`. `objections` are what it found; `reports` all of them.
+
+    `stops`: a kernel that something is found in raises KernelError, and what would follow it is not run.
+    """
+
+    def __init__(self, options: Options | None = None, stops: bool = False) -> None:
+        self.options, self.stops = options or Options(), stops
         self.reports: list[tuple[str, Report]] = []
         self.objections: list[str] = []
 
@@ -44,16 +51,19 @@ class Simulator:
         def call(**launch):
             result = kernel.run(**launch, options=self.options)
             self.reports.append((text["name"], result.report))
-            self.objections += result.report.findings()
+            found = result.report.findings()
+            if found and self.stops:
+                raise KernelError("\n".join(found))
+            self.objections += found
             return result.outputs
 
         return call
 
 
 @contextmanager
-def running(options: Options | None = None) -> Iterator[Simulator]:
+def running(options: Options | None = None, stops: bool = False) -> Iterator[Simulator]:
     """Kernels run in the simulator inside; on a Mac without it, on the GPU."""
-    simulator, device = Simulator(options), mx.default_device()
+    simulator, device = Simulator(options, stops), mx.default_device()
     if SUPPORTED:
         metal.use_maker(simulator)
     else:
@@ -180,13 +190,13 @@ def mutated(
 
 
 def objections(run) -> list[str]:
-    """What the simulator has against `run(simulator)`, which returns how far the result is off; [] for nothing."""
-    with running() as simulator:
+    """What the simulator has against `run()`, which returns how far the result is off; [] for nothing."""
+    with running(Options(lint=False), stops=True):
         try:
             off = run()
         except (CompileError, KernelError) as error:
             return [str(error)]
-        return [*simulator.objections, *([] if off <= TOLERANCE[mx.float32] else [f"wrong by {off}"])]
+        return [] if off <= TOLERANCE[mx.float32] else [f"wrong by {off}"]
 
 
 def barriers(*paths: str) -> list[tuple[str, str, int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from mlx_rotor.__main__ import commands as all_commands
 
@@ -27,10 +28,15 @@ SCRIPT = re.compile(r"(?:\S*/)?(?:python3?|bash) ([\w./]+\.(?:py|sh)|\.ci/run)\b
 PYTEST = re.compile(r"(?:\S*/)?(?:python3? -m )?pytest\b(.*)")
 
 
+@functools.cache
+def tokens(text: str) -> list[Token]:
+    return MARKDOWN.parse(text)
+
+
 def broken_tables(text: str) -> list[str]:
     """Rows that no renderer shows as a row, and rows whose cells are not as many as their header's."""
     bad, lines, inside = [], text.splitlines(), set()
-    for token in MARKDOWN.parse(text):
+    for token in tokens(text):
         if token.type in ("table_open", "fence", "code_block"):
             first, end = token.map
             inside.update(range(first, end))
@@ -50,7 +56,7 @@ def cells(row: str) -> int:
 def dead_links(page: Path, text: str) -> list[str]:
     """Links and pictures to files or headings that are not there, and addresses that are none."""
     bad = []
-    for inline in (t for t in MARKDOWN.parse(text) if t.type == "inline"):
+    for inline in (t for t in tokens(text) if t.type == "inline"):
         for token in inline.children or ():
             target = token.attrGet("href" if token.type == "link_open" else "src")
             if token.type not in ("link_open", "image") or target is None:
@@ -70,19 +76,18 @@ def dead_links(page: Path, text: str) -> list[str]:
 
 def anchors(text: str) -> set[str]:
     """The anchors GitHub gives a page's headings."""
-    tokens = MARKDOWN.parse(text)
-    titles = [after.content for t, after in itertools.pairwise(tokens) if t.type == "heading_open"]
+    titles = [after.content for t, after in itertools.pairwise(tokens(text)) if t.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def fences(text: str, language: str) -> list[str]:
-    return [t.content for t in MARKDOWN.parse(text) if t.type == "fence" and t.info.strip() == language]
+    return [t.content for t in tokens(text) if t.type == "fence" and t.info.strip() == language]
 
 
 def commands(text: str) -> list[str]:
     """What a reader may type: lines of bash blocks, and `mlx_rotor …` inside sentences, one simple command each."""
     lines = "\n".join(fences(text, "bash")).replace("\\\n", " ").splitlines()
-    for token in MARKDOWN.parse(text):
+    for token in tokens(text):
         inline = token.children or () if token.type == "inline" else ()
         lines += [
             t.content for t in inline if t.type == "code_inline" and "<" not in t.content and "…" not in t.content
@@ -142,11 +147,19 @@ def flags() -> frozenset[str]:
 
 def unknown_flags(text: str) -> list[str]:
     """Flags that sentences name alone and no command has."""
-    inline = (c for t in MARKDOWN.parse(text) if t.type == "inline" for c in t.children or ())
+    inline = (c for t in tokens(text) if t.type == "inline" for c in t.children or ())
     named = {
         c.content.split()[0].split("=")[0] for c in inline if c.type == "code_inline" and c.content.startswith("--")
     }
     return sorted(named - flags())
+
+
+def missing_files(page: Path, text: str) -> list[str]:
+    """Files and folders that sentences name, by path from page, clone or package, and that are not there."""
+    inline = (c for t in tokens(text) if t.type == "inline" for c in t.children or ())
+    named = {c.content for c in inline if c.type == "code_inline"}
+    paths = {name for name in named if re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|/[\w-]+\.(py|toml|md|h|json))", name)}
+    return sorted(p for p in paths if not any((f / p).exists() for f in (page.parent, ROOT, ROOT / "mlx_rotor")))
 
 
 def refused_arguments(command: str, name: str, argv: list[str]) -> str | None:

@@ -5,7 +5,6 @@ import re
 import pytest
 
 from page_checks import (
-    MARKDOWN,
     ROOT,
     broken_python,
     broken_tables,
@@ -14,7 +13,9 @@ from page_checks import (
     fences,
     folders,
     mapped,
+    missing_files,
     refused_command,
+    tokens,
     tree,
     unknown_flags,
 )
@@ -35,6 +36,7 @@ def test_a_page_is_whole(page):
     assert not broken_tables(text)
     assert not dead_links(page, text)
     assert not [why for command in commands(text) if (why := refused_command(command))]
+    assert not missing_files(page, text)
     assert page.name in OLD_NAMES or not unknown_flags(text)
     assert not [why for code in fences(text, "python") for why in broken_python(code)]
 
@@ -55,7 +57,7 @@ def test_the_maps_are_the_tree_in_the_order_of_imports():
 
 @pytest.mark.parametrize("page", RESULTS, ids=lambda p: p.name)
 def test_a_result_begins_with_the_command_that_makes_it(page):
-    title, block, *rest = [t for t in MARKDOWN.parse(page.read_text(encoding="utf-8")) if t.type in ("inline", "fence")]
+    title, block, *rest = [t for t in tokens(page.read_text(encoding="utf-8")) if t.type in ("inline", "fence")]
     assert title.type == "inline" and block.type == "fence" and block.info == "bash"
     ours = [c for c in commands(f"```bash\n{block.content}```") if re.search(r"mlx_rotor|metal_sim|pytest", c)]
     assert ours and not [why for command in ours if (why := refused_command(command))]
@@ -114,6 +116,11 @@ def test_a_command_that_is_there_is_not_reported_and_not_run(tmp_path):
     )
     assert len(commands(text)) == 3
     assert [c for c in commands(text) if refused_command(c)] == [] and not out.exists()
+
+
+def test_a_file_that_is_not_there_is_reported():
+    assert missing_files(INDEX, "`mlx_rotor/codec/`, `codec/base.py`, `docs/experts.md`, `a/b`") == []
+    assert missing_files(INDEX, "`mlx_rotor/nosuch/`, `codec/nosuch.py`") == ["codec/nosuch.py", "mlx_rotor/nosuch/"]
 
 
 def test_a_flag_that_no_command_has_is_reported():

@@ -107,6 +107,25 @@ def circles(root: Path) -> list[str]:
         }
         # `from . import x` of a file x: only x is meant, not the package that holds it.
         edges[name] = {t for t in taken if not any(other.startswith(t + ".") for other in taken)} - {name, PACKAGE}
+    return rounds(edges)
+
+
+def folder_circles(root: Path) -> list[str]:
+    """Folders inside one folder of the package whose files import each other's, as "a -> b -> a"."""
+    edges: dict[str, set[str]] = {}
+    for file in sources(root / PACKAGE, {".py"}):
+        module = dotted(file, root)
+        if len(module) < 4:
+            continue
+        own = ".".join(module[:3])
+        taken = (path + name for _, path, name in imports(ast.parse(file.read_text(encoding="utf-8")), module))
+        inside = {".".join(path[:3]) for path in taken if path[:2] == module[:2]}
+        edges.setdefault(own, set()).update(i for i in inside if i != own and (root / i.replace(".", "/")).is_dir())
+    return rounds({name: {t for t in taken if t in edges} for name, taken in edges.items()})
+
+
+def rounds(edges: dict[str, set[str]]) -> list[str]:
+    """Each circle of a graph once, as "a -> b -> a"."""
     found, done = [], set()
 
     def visit(name: str, path: list[str]) -> None:
@@ -191,7 +210,16 @@ def foreign_paths(root: Path) -> list[str]:
     return bad
 
 
-RULES = [upward_imports, circles, mentions_of_tests, private_mlx_lm, unknown_folders, long_files, foreign_paths]
+RULES = [
+    upward_imports,
+    circles,
+    folder_circles,
+    mentions_of_tests,
+    private_mlx_lm,
+    unknown_folders,
+    long_files,
+    foreign_paths,
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -273,6 +301,13 @@ def test_only_the_server_may_use_mlx_lms_server(tmp_path):
 def test_a_public_name_of_mlx_lm_is_not_reported(tmp_path):
     text = "import mlx_lm\nfrom mlx_lm import generate, load, stream_generate\nmlx_lm.load('x')\nmlx_lm.__version__"
     assert private_mlx_lm(tree(tmp_path, {"quality/a.py": text})) == []
+
+
+def test_folders_that_import_each_other_are_reported(tmp_path):
+    files = {"quant/job/a.py": "from ..source import x", "quant/source/x.py": "", "quant/source/y.py": ""}
+    assert folder_circles(tree(tmp_path, files)) == []
+    found = folder_circles(tree(tmp_path, {"quant/source/y.py": "def f():\n    from ..job.a import g"}))
+    assert found == ["mlx_rotor.quant.job -> mlx_rotor.quant.source -> mlx_rotor.quant.job"]
 
 
 def test_the_other_rules_report_what_breaks_them(tmp_path):

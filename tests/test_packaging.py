@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -71,6 +74,37 @@ def test_the_wheel_holds_the_package_the_kernels_and_nothing_else(wheel):
 def test_the_wheel_holds_its_licences(wheel):
     licences = {name.split("/licenses/")[1] for name in contents(wheel) if "/licenses/" in name}
     assert licences == {"LICENSE", "NOTICE"}
+
+
+OPTIONAL = ("plots", "images")  # extras of which a part of the product needs a package
+NAMES = {"PIL": "pillow"}  # modules whose package has another name
+
+
+def imported() -> dict[str, str]:
+    """Top-level module -> a file of the product that imports it."""
+    found = {}
+    for file in (ROOT / "mlx_rotor").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                modules = [node.module]
+            found |= {module.partition(".")[0]: str(file.relative_to(ROOT)) for module in modules}
+    return found
+
+
+def declared(project: dict, extras: tuple[str, ...] = ()) -> set[str]:
+    """Names of the packages that are needed, as pip compares them."""
+    needs = [*project["dependencies"], *(need for extra in extras for need in project["optional-dependencies"][extra])]
+    return {re.match(r"[\w.-]+", need)[0].lower().replace("_", "-") for need in needs}
+
+
+def test_everything_that_is_imported_is_declared_and_needed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    foreign = {m: file for m, file in imported().items() if m not in sys.stdlib_module_names and m != "mlx_rotor"}
+    used = {NAMES.get(module, module).lower().replace("_", "-"): file for module, file in foreign.items()}
+    missing = used.keys() - declared(project, OPTIONAL)
+    assert not missing, f"not declared in pyproject.toml: {[(name, used[name]) for name in sorted(missing)]}"
+    assert declared(project) <= used.keys(), "declared and never imported"
 
 
 def test_the_bundled_model_is_whole_and_small(wheel):

@@ -1,4 +1,4 @@
-// Attention of a few query rows over sinks, packed body and recent tokens, straight from the packed words.
+// Attention of a few query rows over sink tokens, packed body and recent tokens, straight from the packed words.
 //
 // A threadgroup serves one KV head with all its query rows, at most eight, and one split: a range of the body's tiles or,
 // the last one,
@@ -356,7 +356,7 @@ struct Decode {
 
 // q: [B, Hq, L, DK]; k_tiles, v_tiles: [B, Hkv, tiles, words], k_scale, v_scale: [B, Hkv, 32 tiles], contiguous, whole
 // buffers whatever they hold, scales null where the quantizer has none; k_mean: [B, Hkv, groups, DK], contiguous, null where
-// there are none; sinks and recent tokens as in exact.h; mask as in `masked`, lengths and sizes as in `tokens_of`. The last
+// there are none; sink tokens and recent tokens as in exact.h; mask as in `masked`, lengths and sizes as in `tokens_of`. The last
 // split is of the exact tokens where `exact_splits` is 1. `factor` is scale · log2(e).
 template <
     typename D,

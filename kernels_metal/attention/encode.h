@@ -1,4 +1,4 @@
-// Encodes a chunk of vectors, all heads in one launch: rotate, take the mean off, search codes, fit the scale, pack.
+// Encodes a chunk of vectors, all heads in one launch: rotate, subtract the mean, search codes, fit the scale, pack.
 //
 // A threadgroup of four simdgroups makes tiles of one head, 16 tokens at a time, eight lanes a vector. It makes two: what it
 // reads of the rotation is then little beside them.

@@ -1,11 +1,12 @@
-// Tokens kept as they came, in two arrays, sinks and recent ones: [B, H, n, D] with strides, elements of a token together.
+// Tokens kept as they came, in two arrays, sink tokens and recent tokens: [B, H, n, D] with strides, the elements of a
+// token together.
 
 #ifndef MLX_ROTOR_ATTENTION_EXACT_H
 #define MLX_ROTOR_ATTENTION_EXACT_H
 
 #include "rows.h"
 
-// One KV head's exact tokens of K or V: token i is a sink below `sinks`, a recent one from there.
+// One KV head's exact tokens of K or V: token i is a sink token below `sinks`, a recent one from there.
 template <typename T>
 struct ExactRows {
   const device T *sink;

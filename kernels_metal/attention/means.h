@@ -1,5 +1,5 @@
-// Means that were subtracted from keys before they were encoded, put back without touching the tokens: a mean adds the same to all
-// scores of its group of tokens, which is whole tiles. What a mean of values adds, merge.h knows.
+// Means that were subtracted from keys before they were encoded, put back without touching the tokens: a mean adds the
+// same to all scores of its group of tokens, which is whole tiles. merge.h adds the means of values.
 
 #ifndef MLX_ROTOR_ATTENTION_MEANS_H
 #define MLX_ROTOR_ATTENTION_MEANS_H
@@ -9,7 +9,7 @@
 // Groups whose products a threadgroup of the decode kernel has at hand.
 #define MLX_ROTOR_GROUPS 8
 
-// What means add to the rows' scores: products[group · ROWS + row] for groups 0 to `last`. means: [groups, DIM] in the codec's
+// The sums that means add to the rows' scores: products[group · ROWS + row] for groups 0 to `last`. means: [groups, DIM] in the codec's
 // basis; query: [ROWS, DIM] in the order Q's levels come in. A simdgroup makes every SIMDS-th group's. Collective over the
 // threadgroup, which may have read products before and may read them now.
 template <typename Q, uint DIM, uint ROWS, uint SIMDS>

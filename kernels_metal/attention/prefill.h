@@ -1,4 +1,4 @@
-// Attention of many query rows over sinks, packed body and recent tokens, with 8 x 8 matrices.
+// Attention of many query rows over sink tokens, packed body and recent tokens, with 8 x 8 matrices.
 //
 // A threadgroup of four simdgroups serves one KV head, 32 query rows, eight a simdgroup, and one split: a range of
 // the body's tiles, or, the last split, the exact tokens. It walks its tokens in steps: keys into threadgroup memory,

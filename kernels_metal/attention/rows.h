@@ -1,4 +1,4 @@
-// What attention kernels share: which tokens a query row sees, the running softmax, and partial results.
+// Shared by the attention kernels: the tokens that a query row sees, the running softmax, and partial results.
 //
 // Scores are in base-2 logarithms: queries come multiplied by scale · log2(e). A split of the sequence leaves, for each
 // row, its maximum, its sum of weights and its weighted sum of values; merge.h puts splits together.
@@ -17,8 +17,9 @@
 #define MLX_ROTOR_BOOL_MASK 1
 #define MLX_ROTOR_ADDED_MASK 2
 
-// One batch row's tokens: sinks, then body, then recent ones. Where packed tokens are several segments, a launch's body is one of
-// them, and those before and behind it are only counted. Slots count the room of all, in the same order: a mask's columns.
+// One batch row's tokens: sink tokens, then body, then recent ones. Where packed tokens are several segments, a launch's
+// body is one of them, and the tokens before and behind it are only counted. Slots count the room of all, in the same
+// order: they are a mask's columns.
 struct Tokens {
   // before: tokens in front of the body; recent: behind it; kept: first tokens that are seen whatever the window.
   int sinks, before, body, recent, kept;
@@ -35,7 +36,7 @@ struct Tokens {
   inline int own(int l) const thread {
     return total() - behind - queries + l;
   }
-  // Whether query l sees position p, which is no sink's; or a sink's too.
+  // Whether query l sees position p, of a token that is no sink token; `sees_any`: of any token.
   inline bool sees(int l, int p) const thread {
     return own(l) >= 0 && (!causal || p <= own(l)) && (window == 0 || p > own(l) - window);
   }
@@ -59,10 +60,10 @@ struct Tokens {
   }
 };
 
-// lengths: [B, 3], sinks, body, and all behind the body; sizes: queries, heads a KV head serves, splits of the body,
+// lengths: [B, 3], sink tokens, body, and all behind the body; sizes: queries, heads a KV head serves, splits of the body,
 // window, flags, slots before the body, slots of the body. Flags: 1 for causal, 2 where exact tokens have a split of their
-// own behind the body's, 4 where sinks are seen whatever the window, 8 where all slots before the body hold tokens and some
-// are no sinks, 16 times the tokens behind the queries.
+// own behind the body's, 4 where sink tokens are seen whatever the window, 8 where all slots before the body hold tokens and some
+// are no sink tokens, 16 times the tokens behind the queries.
 template <typename Sizes>
 static inline uint exact_splits(Sizes sizes) {
   return uint(sizes[4] >> 1 & 1);

@@ -1,4 +1,4 @@
-// What prefill takes its tokens from, a step at a time: packed tokens and exact ones, brought into threadgroup memory.
+// The tokens of prefill, a step at a time: packed tokens and exact ones, brought into threadgroup memory.
 //
 // Both have the same face: how many tokens, which of them a query sees, a token's slot in a mask, keys and values staged by
 // the whole threadgroup, its score, and a scale for its value.
@@ -104,7 +104,7 @@ struct BodyTokens {
   }
 };
 
-// The exact tokens of one KV head, sinks and recent ones.
+// The exact tokens of one KV head, sink tokens and recent ones.
 template <typename T, uint DK, uint DV>
 struct ExactTokens {
   typedef T Staged;

@@ -1,4 +1,4 @@
-// What was subtracted from vectors before they were encoded: float16 rows of DIM in the codec's basis, or nothing.
+// The means that were subtracted from vectors before they were encoded: float16 rows of DIM in the codec's basis, or nothing.
 //
 // A row is the mean of `span` consecutive tokens, a multiple of the tile's 32: all tokens of a tile have the same one.
 // A span of 0 is one row for all.

@@ -1,4 +1,4 @@
-// What is between an expert's two projections in and the one out. No infinity on the way: exponents are clamped.
+// The activation between an expert's two projections in and the one out. No infinity on the way: exponents are clamped.
 
 #ifndef MLX_ROTOR_EXPERTS_ACTIVATION_H
 #define MLX_ROTOR_EXPERTS_ACTIVATION_H

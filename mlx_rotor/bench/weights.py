@@ -21,10 +21,9 @@ from ..quality.streamed import SourceReference
 from ..quant import Recipe, dry_run
 from ..quant import policy as policies
 from ..quant.budget import TooSmall
-from ..quant.recipe import BUNDLED
 from ..quant.shards import file_bytes
 from ..quant.source import open_folder
-from ..quant.spec import Budget
+from ..quant.spec import BUNDLED, Budget
 
 FORMAT, VERSION = "mlx_rotor weight quality", 1
 SOLVED = "rotor"

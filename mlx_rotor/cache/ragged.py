@@ -1,7 +1,7 @@
 """A batch of sequences of any lengths, in mlx_lm's batch-cache protocol: a list of single caches.
 
-Nothing is padded or copied when rows join or leave. What models see has the coordinates of mlx_lm's own batches: the
-past right-justified, then the new tokens, a prompt's padding behind a row's last.
+Nothing is padded or copied when rows join or leave. Models see the columns of mlx_lm's own batches: a row's past ends
+where the new tokens begin, and a prompt's padding stands behind a row's last token.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from .view import KVView, Mask, Tokens, causal, causal_mask, views
 
 @dataclass(frozen=True)
 class Row:
-    """One row's part of an update: its tokens, and how many of the `new` places hold a token of its own.
+    """One row's part of an update. All rows have the same number of columns.
 
-    left: columns in front of its first token; all rows have as many columns.
+    Attributes:
+        tokens: the row's tokens; None where the update brought it padding only.
+        left: columns in front of its first token.
+        held: columns that hold a token of its own.
+        real: new columns that hold one.
     """
 
     tokens: Tokens | None
@@ -39,7 +43,7 @@ class RaggedTokens:
     rows: Sequence[Row]
 
     def attend(self, q: mx.array, scale: float, mask: Mask = None, sink_logits: mx.array | None = None) -> mx.array:
-        """Attention of q [B, Hq, L, D], row by row; padding's queries give 0."""
+        """Attention of q [B, Hq, L, D], row by row, [B, Hq, L, Dv]. Queries of padding give 0."""
         out: list[mx.array | None] = []
         new = q.shape[2]
         for i, row in enumerate(self.rows):
@@ -65,14 +69,14 @@ class RaggedTokens:
 
 
 class RaggedBatch:
-    """A batch over the caches `rows`, each of one sequence, which it owns."""
+    """A batch over the caches `rows`, each of one sequence. The batch owns them."""
 
     def __init__(self, rows: list[RotorCache]) -> None:
         self.rows = rows
-        # While a right-padded prompt comes in: tokens still to come, and padding so far, of each row.
+        # While a right-padded prompt comes in: each row's tokens still to come, and its padding so far.
         self._left: list[int] | None = None
         self._padding = [0] * len(rows)
-        # Of the last update: columns before it, new ones, and each row's own among those.
+        # The last update: each row's columns before it, the new columns, and each row's own tokens among them.
         self._step: tuple[list[int], int, list[int]] = ([], 0, [])
 
     # ------------------------------------------------------------ attention
@@ -117,13 +121,13 @@ class RaggedBatch:
     def _views(
         self, stored: Sequence[tuple[int, ExactSegment] | None], none_k: mx.array, none_v: mx.array
     ) -> tuple[KVView, KVView]:
-        """Views of what is stored after a step. none_k, none_v: [1, H, 0, D]."""
+        """Views of the tokens after a step. none_k, none_v: [1, H, 0, D], for rows that have none."""
         past, new, real = self._step
         columns = max(past) + new
         rows, expanded_k, expanded_v = [], [], []
         for i, row in enumerate(self.rows):
             at = stored[i]
-            # Where only padding came, nothing it attends to is used.
+            # A row that only padding came to: nobody uses what its queries see.
             tokens, k, v = (None, none_k, none_v) if at is None else row.tokens(*at, none_k.dtype)
             rows.append(Row(tokens, columns - new - past[i], int(k.shape[2]), real[i]))
             padding = [(0, 0), (0, 0), (rows[i].left, columns - rows[i].left - rows[i].held), (0, 0)]
@@ -159,7 +163,7 @@ class RaggedBatch:
             self._left = [int(n) for n in lengths]
 
     def finalize(self) -> None:
-        """The padded prompt is through."""
+        """Ends the padded prompt."""
         self._left, self._padding = None, [0] * len(self.rows)
 
     # ------------------------------------------------------------ rows

@@ -97,14 +97,14 @@ class RotorCache:
         self._forget_views()
 
     def _forget_views(self) -> None:
-        """Before the body is written to: what is kept for the next call refers to its buffers, and a buffer that is
-        referred to is copied."""
+        """Call before the body is written to: the views kept for the next call refer to its buffers, and MLX copies a
+        buffer that something refers to."""
         self._views: tuple[tuple[int, mx.Dtype, int], list[Segment], mx.array, mx.array] | None = None
 
     # ------------------------------------------------------------ tokens in
     @property
     def held(self) -> int:
-        """Tokens there are K and V of."""
+        """Tokens that the cache has K and V of."""
         return (0 if self.sink_k is None else int(self.sink_k.shape[2])) + self.body.length + self.recent.length
 
     @property
@@ -120,7 +120,7 @@ class RotorCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVView, KVView]:
         """Appends keys, values [B, H, L, D] (after RoPE) and returns views of the tokens held, [B, H, held, D].
 
-        The new tokens are seen exact by this call's attention, the ring too; what leaves the ring is packed at once,
+        This call's attention sees the new tokens and the ring exactly. Tokens that leave the ring are packed at once,
         so that no exact copy of the body outlives the call.
         """
         # The buffers are read after they are written: the write then happens in place.
@@ -157,7 +157,7 @@ class RotorCache:
             self.sink_v = mx.concatenate([self.sink_v, values], axis=2)
 
     def _append_recent(self, keys: mx.array, values: mx.array) -> tuple[int, ExactSegment]:
-        """Puts tokens in the ring and packs what leaves it. Returns (body tokens, exact segment) to read now."""
+        """Puts tokens in the ring and packs those that leave it. Returns (body tokens, exact segment) to read now."""
         n, room = keys.shape[2], self.recent.room
         if self.recent.length == room and n <= self.block:
             self._pack(self.recent.segment())
@@ -187,7 +187,7 @@ class RotorCache:
         return views(k, v, tokens)
 
     def tokens(self, body: int, recent: ExactSegment, dtype: mx.Dtype) -> tuple[Tokens, mx.array, mx.array]:
-        """What `fetch` is of: the segments, and lazy K and V."""
+        """The tokens that `fetch` gives views of, and lazy K and V."""
         segments, k, v = self._behind(body, dtype)
         self.counts.made += 1
         if recent.length:
@@ -277,7 +277,7 @@ class RotorCache:
         return n
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotorCache:
-        """Another cache of the same tokens. The body's memory is shared, see `Body.copy`; the ring's until a write."""
+        """Another cache of the same tokens, with the same body's memory (`Body.copy`), and the ring's until a write."""
         self._forget_views()
         out = copy.copy(self)
         out.body, out.counts = self.body.copy(), copy.copy(self.counts)
@@ -313,7 +313,7 @@ class RotorCache:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Arrays, numbers and names: all of the cache, in the leaves mlx_lm can save."""
+        """All of the cache as arrays, numbers and names, the leaves that mlx_lm can save."""
         return saved.state(
             saved.Saved(
                 fingerprint=self.fingerprint,
@@ -330,7 +330,7 @@ class RotorCache:
 
     @state.setter
     def state(self, state: Any) -> None:
-        """Raises RotorError for anything but a state of this format whose parts fit each other."""
+        """Takes a state up. Raises RotorError for another format, or parts that don't fit each other."""
         s = saved.check(state)
         self.__init__(s.body.k, s.body.v, s.sinks, s.ring, s.block, window=s.window)  # type: ignore[misc]
         self.fingerprint, self.dropped, self.recent.length = s.fingerprint, s.dropped, s.ring_length

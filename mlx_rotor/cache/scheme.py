@@ -1,4 +1,4 @@
-"""A scheme: the codec of K, the codec of V, and what stays exact."""
+"""A scheme: the codec of K, the codec of V, and the tokens that stay exact."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scheme:
 
     Attributes:
         k, v: codec names.
-        sinks: first tokens kept exact.
+        sinks: first tokens kept exact, the sink tokens.
         ring: most recent tokens kept exact.
         protect_layers: layers at either end that get codecs one step up.
         centre: subtract the mean of K (256 tokens at a time) and of V before packing.
@@ -132,9 +132,11 @@ def parse(
     protect_layers: int | None = None,
     centre: bool | None = None,
 ) -> Scheme | None:
-    """`turbo4`, `turbo4v2`, `k=turbo4,v=turbo2` or a calibration's `….json` to a scheme; `exact` to None.
+    """The scheme of a text: `turbo4`, `turbo4v2`, `k=turbo4,v=turbo2` or a calibration's `….json`; None for `exact`.
 
-    None keeps a part's default.
+        parse("trellis4v3", sinks=0, ring=64)
+
+    None keeps a part's default; `Scheme` says what the parts are.
 
     Raises:
         RotorError: a name no codec has, a scheme that gives K fewer bits than V, or a file that is no scheme.

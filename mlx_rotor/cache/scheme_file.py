@@ -1,6 +1,6 @@
-"""A calibrated scheme as a JSON file: codecs of K and V for every compressed layer. Knows no model and no cache.
+"""A calibrated scheme as a JSON file: the codecs of K and V for every compressed layer.
 
-fp8's layer scales from the largest K and V that a text gave: numbers only, whoever measured them.
+`scheme` makes one of fp8 from the largest K and V of each layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sidecar:
         layers: (codec of K, codec of V) of each compressed layer, in order; names may carry a parameter (`fp8:0.03`).
         sinks, ring: exact first and recent tokens; None leaves a scheme's defaults.
         model: fingerprint of the model it was measured on, "" if it has none.
-        made: how it was measured, for people: text, sizes, results. Nothing reads it back.
+        made: the measurement, for people: text, sizes, results. The program does not read it back.
     """
 
     name: str
@@ -49,7 +49,7 @@ def whole_bits(name: str) -> int:
 
 
 def check(sidecar: Sidecar, where: str) -> Sidecar:
-    """The sidecar, whose parts are all possible. Raises RotorError naming `where`, the layer and what is wrong."""
+    """The sidecar, if its parts are possible. Raises RotorError with `where`, the layer and what is wrong."""
     if not sidecar.name or any(c in sidecar.name for c in "\n\r"):
         raise RotorError(f"{where}: its name is {sidecar.name!r}; a scheme needs one, on one line")
     if not 1 <= len(sidecar.layers) <= MAX_LAYERS:
@@ -105,7 +105,7 @@ def _layers(given: Any, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def text(sidecar: Sidecar, where: str = "") -> str:
-    """What a file of it holds. Raises RotorError for an impossible sidecar, as `check`."""
+    """The text of its file. Raises RotorError for an impossible sidecar, as `check`."""
     check(sidecar, where or sidecar.name)
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": sidecar.name}
     data |= {part: value for part in ("sinks", "ring") if (value := getattr(sidecar, part)) is not None}
@@ -124,17 +124,17 @@ def write(path: str | Path, sidecar: Sidecar) -> None:
     write_text(Path(path), text(sidecar, str(path)))
 
 
-# What other texts may reach beyond this one. fp8's error is relative: room costs nothing, and too little cuts off.
+# Other texts may have larger values than this one. fp8's error is relative: room costs nothing, and too little clips.
 HEADROOM = 1.25
 
 
 def scale(largest: float) -> float:
-    """The layer scale for values up to `largest`, four figures of it; 1 where all are 0."""
+    """The layer scale for values up to `largest`, rounded to four figures; 1 where all values are 0."""
     return float(f"{largest * HEADROOM / LARGEST:.4g}") if largest else 1.0
 
 
 def scheme(largest: Sequence[tuple[float, float]], made: Mapping[str, Any], model: str = "") -> Sidecar:
-    """`largest`: magnitudes of (K, V) of each compressed layer, in order. `made`, `model`: as `Sidecar`."""
+    """An fp8 scheme. `largest`: of |K| and |V| in each compressed layer, in order. `made`, `model`: as `Sidecar`."""
     layers = tuple((codec.with_parameter("fp8", scale(k)), codec.with_parameter("fp8", scale(v))) for k, v in largest)
     told = {**made, "headroom": HEADROOM, "largest": [list(pair) for pair in largest]}
     return Sidecar("fp8", layers, model=model, made=told)

@@ -1,4 +1,4 @@
-"""Views: what `update_and_fetch` hands the model instead of expanded keys and values.
+"""Views: the arrays that `update_and_fetch` hands the model in place of expanded keys and values.
 
 A view is a real, lazy array of the dequantized tokens. Attention that recognises an untouched pair of views reads the
 packed segments behind it and the lazy array is never evaluated; any other use of it is an ordinary array operation,
@@ -21,9 +21,9 @@ Mask = mx.array | str | None
 
 @dataclass
 class Counts:
-    """What became of one layer's views: pairs `made`, and `attended` to by our attention. The rest fell back.
+    """Counts of one layer's views: pairs `made`, and pairs that our attention `attended` to. The rest fell back.
 
-    `fused` calls of our attention may be more: layers that share keys and values attend to one pair.
+    `fused` counts calls of our attention. They may be more: layers that share keys and values attend to one pair.
     """
 
     made: int = 0
@@ -50,15 +50,15 @@ def causal_mask(mask: mx.array, window: int | None) -> CausalMask:
 def causal(
     past: int, n: int, window: int | None, asked: int | None, sinks: int, left: mx.array | None = None
 ) -> tuple[mx.array, bool]:
-    """What n new tokens behind `past` columns see, bool [n, past + n] or, with `left`, [B, 1, n, past + n].
+    """The mask of n new tokens behind `past` columns, bool [n, past + n] or, with `left`, [B, 1, n, past + n].
 
     Args:
-        window: the cache's own; asked: the model's, for this mask.
+        window: the cache's own, in tokens; asked: the model's, for this mask. None: no window.
         sinks: sink tokens, which a cache with a window shows whatever it is.
-        left: [B, 1, 1, 1], columns in front of a row's first token; None: no rows.
+        left: [B, 1, 1, 1], columns in front of each row's first token; None: one row, with none in front.
 
     Returns:
-        The mask, and whether it is what the cache's own window says, no more and no less.
+        The mask, and whether it shows exactly the tokens of the cache's own window.
     """
     queries, columns = mx.arange(past, past + n)[:, None], mx.arange(past + n)[None]
     first: int | mx.array = sinks
@@ -140,7 +140,7 @@ def expanded(segment: Segment, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 def paired(k: Any, v: Any) -> Handle | None:
     """The handle of two untouched views of the same tokens, K first; else None.
 
-    The check on `kind` matters: some models pass one array as both keys and values.
+    `kind` is compared too, as some models pass one array as both keys and values.
     """
     if type(k) is KVView and type(v) is KVView and k.rotor is v.rotor and (k.kind, v.kind) == ("k", "v"):
         return k.rotor

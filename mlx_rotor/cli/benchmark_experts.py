@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bench import expert_overhead
 from ..tables import text
+
+if TYPE_CHECKING:
+    from ..bench.expert_overhead import ExpertOverhead
 
 
 def add(parts: Any) -> None:
@@ -22,13 +24,15 @@ def add(parts: Any) -> None:
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import expert_overhead
+
     rows = expert_overhead.measure_expert_overhead()
     if not args.json:
         _show_overhead(rows)
     return {"overhead": [row.to_dict() for row in rows]}
 
 
-def _show_overhead(rows: Sequence[expert_overhead.ExpertOverhead]) -> None:
+def _show_overhead(rows: Sequence[ExpertOverhead]) -> None:
     titles = ["graph of a token", "µs", "stock", "ratio", "nodes", "stock", "launches"]
     cells = []
     for r in rows:

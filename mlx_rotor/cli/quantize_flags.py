@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import bundled
 from ..cache import scheme
 from ..errors import RotorError
-from ..memory.room import Room
+from ..fit import FITS
 from ..memory.sizes import parse_size, ram_size, token_count
 from ..quant import policy as policies
-from ..quant import request
-from ..quant.fit import FITS
-from ..quant.recipe import BUNDLED, FOLDS, Recipe
-from ..quant.shards import SHARD_BYTES
+from ..quant.spec import BUNDLED, FOLDS
 from .arguments import Parser, parsed, positive
+
+if TYPE_CHECKING:
+    from ..memory.room import Room
+    from ..quant.recipe import Recipe
 
 BASELINES = ("config-i", "jang-k")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All flags. Defaults stand in parentheses."""
     p = Parser(
         prog="mlx_rotor quantize",
@@ -113,7 +115,6 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--shard-size",
         type=parsed(parse_size),
-        default=SHARD_BYTES,
         help="largest weight file, e.g. 4GB, 500MB (4GB)",
     )
 
@@ -183,11 +184,13 @@ def check_mode(args: argparse.Namespace) -> None:
 
 
 def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
-    """What the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
+    """The recipe that the flags ask for; and the room that `--memory 128GB` found, whose bytes are the recipe's budget.
 
     Raises:
         RotorError: flags that contradict each other or would do nothing.
     """
+    from ..quant import request
+
     return request.recipe(
         args.model,
         args.policy,
@@ -205,7 +208,7 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
         imatrix=args.imatrix,
         folds=() if args.fold == ("none",) else args.fold,
         rescale=args.rescale_overflows,
-        shard_bytes=args.shard_size,
+        **({} if args.shard_size is None else {"shard_bytes": args.shard_size}),
     )
 
 

@@ -1,5 +1,8 @@
-"""KV codecs: `get(name, dim)` gives one, `names()` lists them. A codec is one file here that defines `CODECS`, or
-`WITH_PARAMETER` for codecs whose name may carry a number: `fp8:0.03125`."""
+"""KV codecs: `get(name, dim)` gives one, `names()` lists them.
+
+A codec is one file here that defines `CODECS`, {name: factory of a dimension}, or `WITH_PARAMETER`, for codecs whose
+name may carry a number, as `fp8:0.03125`; and, where it runs on Metal, one header in `kernels_metal/codec/`.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +49,23 @@ def names() -> list[str]:
 
 
 def register(name: str, factory: Factory) -> None:
-    """Adds a codec from outside the package. `factory(dim)` raises RotorError for a dimension it can't take."""
+    """Adds a codec from outside the package.
+
+        register("mine4", lambda dim: MyCodec(dim))  # an object with the methods of `Codec`
+
+    `factory(dim)` raises RotorError for a dimension that the codec can't take.
+    """
     _registry()[name] = factory
     get.cache_clear()
 
 
 @cache
 def get(name: str, dim: int) -> Codec:
-    """The codec `name`, which may end in a colon and a parameter, for vectors of `dim` elements; the same object each
-    time.
+    """The codec `name` for vectors of `dim` elements, the same object at each call.
+
+        get("trellis3", 128).bits  # 3.125
+
+    A name may end in a colon and a parameter.
 
     Raises:
         RotorError: unknown name (the message lists the known ones), a parameter that is wrong, of a codec that takes

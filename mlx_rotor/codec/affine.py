@@ -1,4 +1,4 @@
-"""affine4, affine8: MLX's own group quantization (`mx.quantize`), for comparison: what mlx-lm's `--kv-bits` stores.
+"""affine4, affine8: MLX's own group quantization (`mx.quantize`), for comparison: mlx-lm's `--kv-bits` stores the same.
 
 A group of 64 coordinates, or 32 where 64 does not divide the dimension, has a float16 scale and bias: bits + 32 / group
 bits an element. They stand behind the codes in the vector's own words. There is no kernel: it runs as MLX operations.

@@ -1,4 +1,4 @@
-"""The codec that most are: rotate a vector, quantize its coordinates, keep one scale."""
+"""The usual codec: rotate a vector, quantize its coordinates, keep one scale."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def dot(a: mx.array, b: mx.array) -> mx.array:
 
 
 class RotatedCodec:
-    """Rotate, normalise, quantize every coordinate, keep one least-squares float16 scale.
+    """Rotates, normalises, quantizes every coordinate, keeps one least-squares float16 scale: b + 16/d bits an element.
 
-    The scale is ⟨c, y⟩ / ⟨c, c⟩ for levels c and rotated vector y: the best for squared error, whatever the levels.
-    A zero vector decodes to zero. Every sum and product is rounded in the order the encode kernel has: on a CPU, the
-    bits are the same. Source of the form: TurboQuant (arXiv 2504.19874), without its QJL residual.
+    The scale is ⟨c, y⟩ / ⟨c, c⟩ for levels c and rotated vector y, the best for squared error, whatever the levels. A
+    zero vector decodes to zero. Every sum and product is rounded in the order of the encode kernel: on a CPU, the bits
+    are the same. Source of the form: TurboQuant (arXiv 2504.19874), without its QJL residual.
     """
 
     scaled = True

@@ -96,8 +96,8 @@ def _sandwich(rotors: mx.array, x: mx.array) -> mx.array:
 
 class BlockRotation:
     """Blocks of `size` neighbours, turned by `numbers` [dim // size, parts]: complex for 2, rotors for 3, quaternions
-    for 4, or pairs of them, for the left and the right. Of two elements that are left at the end a complex number
-    `rest` takes care; a single one stays."""
+    for 4, or pairs of them, for the left and the right. The complex number `rest` turns two elements that are left at
+    the end; a single one stays."""
 
     root = 1.0
 

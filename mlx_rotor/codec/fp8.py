@@ -17,7 +17,7 @@ from . import fields
 from .base import Codec
 
 LARGEST = 448.0
-# What 1 / s and 448 s are normal float32 numbers for, with room for what they are multiplied with.
+# For scales s between these, 1 / s and 448 s are normal float32 numbers, with room for the products with them.
 LEAST_SCALE, MOST_SCALE = 1e-30, 1e30
 
 

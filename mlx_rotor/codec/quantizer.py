@@ -1,11 +1,10 @@
-"""Levels of the codebooks: odd polynomials in the index, so that a kernel computes a level and looks nothing up.
+"""Scalar quantizers, and the levels of all codebooks: odd polynomials in the index, which a kernel computes without a
+table.
 
-`level(u) = u (a + b u² + c u⁴)`, u the index counted from the middle of the codebook, rounded to float16. Levels stand
-in units of the coordinates' root mean square. The coefficients minimise the squared error of N(0, 1) coordinates
-after the least-squares scale; against free levels (Lloyd–Max 1960 for `SCALAR`, the same iteration under the trellis
-for `TRELLIS`) they cost at most 0.5 %. `kernels_metal/codec/curve.h` has the same numbers.
-
-The scalar quantizer: every coordinate takes its nearest level.
+`level(u) = u (a + b u² + c u⁴)`, u the index counted from the middle of the codebook, rounded to float16. Levels are in
+units of the coordinates' root mean square. The coefficients minimise the squared error of N(0, 1) coordinates after the
+least-squares scale; against free levels (Lloyd–Max 1960 for `SCALAR`, the same iteration under the trellis for
+`TRELLIS`) they cost at most 0.5 %. `kernels_metal/codec/curve.h` has the same numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Curve:
     c: float = 0.0
 
     def levels(self) -> np.ndarray:
-        """float32 [count], ascending, each a float16: what the kernels compute, rounding for rounding."""
+        """float32 [count], ascending, each a float16: the levels of the kernels, rounding for rounding."""
         u = np.arange(self.count) - (self.count - 1) / 2
         square = u * u  # exact in float32, as u and the products of a fused multiply-add are in float64
         slope = np.full(self.count, np.float32(self.b), np.float64)
@@ -53,13 +52,13 @@ TRELLIS = {
 
 @cache
 def cuts(curve: Curve, step: int = 1) -> tuple[float, ...]:
-    """Where level n and level n + step are equally near, for every n; exact in float32."""
+    """The points at which level n and level n + step are equally near, for every n; exact in float32."""
     levels = curve.levels()
     return tuple(float(x) for x in (levels[:-step] + levels[step:]) * np.float32(0.5))
 
 
 class Scalar:
-    """2^bits levels, the code being the level's index."""
+    """Takes the nearest of 2^bits levels for every coordinate; the code is the level's index."""
 
     def __init__(self, bits: int, dim: int) -> None:
         self.bits = bits

@@ -11,13 +11,13 @@ import numpy as np
 from ..errors import RotorError
 from ..kernels.spec import Struct
 
-# The sizes mx.hadamard_transform is an orthogonal map for: one of these times a power of two.
+# mx.hadamard_transform is an orthogonal map for sizes of one of these times a power of two.
 HADAMARD_FACTORS = (1, 12, 20, 28)
 
 
 class Rotation(Protocol):
-    """An orthogonal map on the last axis; float32 in and out. `struct`, `table`, `inverse_table`, `root`: the same
-    for a kernel, see `kernels.spec.KernelSpec`."""
+    """An orthogonal map on the last axis; float32 in and out. `struct`, `table`, `inverse_table` and `root` describe it
+    to kernels, see `kernels.spec.KernelSpec`."""
 
     struct: Struct
     table: mx.array

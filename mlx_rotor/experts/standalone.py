@@ -43,12 +43,13 @@ def text(config: Mapping[str, Any]) -> str:
     """
     if not modes(config):
         raise RotorError(f"config.json has no weights in {', '.join(formats.ours())}: mlx_lm loads it without {NAME}")
-    named = {(s["mode"], s["bits"], s["group_size"]) for s in _specs(config) if s.get("mode") in formats.ours()}
-    forms = {name: dict.fromkeys((form := formats.get(*name)).beside, form.per_group) for name in sorted(named)}
+    ours = [spec for spec in _specs(config) if spec.get("mode") in formats.ours()]
+    used = {formats.get(spec["mode"], spec.get("bits", 0), spec.get("group_size", 0)) for spec in ours}
+    forms = {(f.mode, f.bits, f.group_size): dict.fromkeys(f.beside, f.per_group) for f in used}
     decoders = {mode: source(formats.kind(mode).decoder, mode).strip() for mode in sorted(modes(config))}
     filled = {
         "version": str(VERSION),
-        "forms": "\n".join(f"    {name!r}: {beside!r}," for name, beside in forms.items()).replace("'", '"'),
+        "forms": "\n".join(f"    {name!r}: {beside!r}," for name, beside in sorted(forms.items())).replace("'", '"'),
         "decoders": "\n\n\n".join([inspect.getsource(codes).strip(), *decoders.values()]),
         "names": ", ".join(f'"{mode}": decode_{mode}' for mode in decoders),
     }

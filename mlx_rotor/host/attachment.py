@@ -1,6 +1,6 @@
-"""Putting compressed caches under a stock mlx_lm model, taking them off again, and proving that they run.
+"""Compressed caches for a stock mlx_lm model: made once, or attached until they are detached, and proved to run.
 
-Schemes under the names other packages gave their cache classes: `IsoQuantCache(bits=4)` and its like.
+`IsoQuantCache(bits=4)` and its like are schemes under the names that other packages gave their cache classes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .slots import slots
 
 
 def register() -> None:
-    """Prompt-cache files name cache classes; mlx_lm looks them up in its own module."""
+    """Lets mlx_lm load prompt-cache files of compressed caches: it looks for their class in its own module."""
     setattr(stock, "RotorCache", RotorCache)  # noqa: B010
 
 
 @dataclass(frozen=True)
 class _Hook:
-    """What `attach` puts in a model's `make_cache`. `previous`: another's hook that was there before."""
+    """The `make_cache` that `attach` puts on a model. `previous`: the hook of somebody else that was there before."""
 
     model: Any
     scheme: Scheme
@@ -86,13 +86,20 @@ def make_prompt_cache(
 ) -> list[Any]:
     """A prompt cache for `model`, for `prompt_cache=` of mlx_lm's generate functions or `cache=` of the model.
 
-    Layers whose attention would have to expand packed tokens on every step keep mlx_lm's own cache; the first call for
-    a model finds out which, by running it on two tokens. `report.describe` says what became of each.
+        cache = mlx_rotor.make_prompt_cache(model, "trellis3")
+        mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
+
+    Layers whose attention would have to expand packed tokens on every step keep mlx_lm's own cache. The first call for
+    a model runs it on two tokens to find these layers. `report.describe` says which layers are compressed.
 
     Args:
         kv: a scheme or its text, `exact` (or None) for mlx_lm's own cache.
-        sinks, ring, protect_layers: what stays exact or a step wider; None keeps the scheme's.
+        sinks, ring: first and recent tokens kept exact; protect_layers: layers at either end with codecs a step
+            wider. None keeps the scheme's.
         max_kv_size: tokens that a layer of full attention sees at most, the first 4 and the most recent ones.
+
+    Returns:
+        One cache a layer, in mlx_lm's cache protocol.
 
     Raises:
         RotorError: unknown scheme, unsupported mlx_lm, or a model with nothing to compress.
@@ -124,7 +131,10 @@ def attach(
     protect_layers: int | None = None,
     check: bool = True,
 ) -> Any:
-    """Makes every cache mlx_lm creates for `model` a compressed one, until `detach`. Returns the model.
+    """Makes every cache that mlx_lm creates for `model` a compressed one, until `detach`. Returns the model.
+
+        mlx_rotor.attach(model, "trellis3")
+        mlx_lm.generate(model, tokenizer, prompt)
 
     Generation, chat, server and speculative decoding of mlx_lm all ask the model for its cache.
 
@@ -156,7 +166,7 @@ def attach(
 
 
 def detach(model: Any) -> Any:
-    """Gives `model` back the cache it had before `attach`. Returns the model."""
+    """Undoes `attach`: mlx_lm makes the same caches for `model` as before. Returns the model."""
     hook = _hook(model)
     if isinstance(hook, _Hook):
         object.__delattr__(model, "make_cache")
@@ -166,7 +176,7 @@ def detach(model: Any) -> Any:
 
 
 def verify(model: Any, kv: str | Scheme = DEFAULT) -> list[Any]:
-    """Runs a few tokens through `model` with nothing kept exact, and returns the caches.
+    """Runs a few tokens through `model` with no token kept exact, and returns the caches, one a layer.
 
     Raises:
         RotorError: naming each layer that was to be compressed and packed nothing or attended to expanded arrays, or

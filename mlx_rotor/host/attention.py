@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..cache.view import paired
 
-# MLX's own.
+# MLX's own function, without the wrapper.
 stock = mx.fast.scaled_dot_product_attention
 
 

@@ -32,10 +32,10 @@ _HEADER_LIMIT = 100 << 20  # safetensors' own
 
 
 def scheme(folder: str | Path) -> Sidecar | None:
-    """What a checkpoint folder says of its KV cache: its `kv_scheme.json`, else its scales as fp8, else None.
+    """The scheme that comes with a checkpoint folder: its `kv_scheme.json`, else its scales as fp8, else None.
 
     Raises:
-        RotorError: see `cache.sidecar.read` and `scales`.
+        RotorError: see `cache.scheme_file.read` and `scales`.
     """
     file = Path(folder) / FILE
     if file.is_file():

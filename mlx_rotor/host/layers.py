@@ -1,4 +1,4 @@
-"""Which caches of a prompt cache become compressed ones, and why the others don't."""
+"""The choice of the caches in a prompt cache that become compressed, with a reason for each that does not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED = "shares its mask with layers that are left exact"
 
 
 def left_exact(cache: Any) -> str:
-    """Why a cache that is no RotorCache was left as it is: a reason, or the kind of cache."""
+    """The reason why a cache that is no RotorCache was left as it is, or else the kind of cache."""
     return getattr(cache, "left_exact", type(cache).__name__)
 
 
@@ -50,11 +50,11 @@ def compress(
 ) -> list[Any]:
     """`caches` with every KVCache and RotatingKVCache that can be replaced by a compressed one of the same tokens.
 
-    Those that can't be are marked with the reason, see `left_exact`; other kinds of caches stay.
+    Those that can't be are marked with the reason, see `left_exact`. Other kinds of caches stay.
 
     Args:
-        uses: of the model they are for, see `probe.uses`; None takes every attention as fused.
-        fingerprint: of that model, for files.
+        uses: of the caches' model, see `probe.uses`; None: every attention counts as fused.
+        fingerprint: of that model, for prompt-cache files.
 
     Raises:
         RotorError: if none can be replaced.
@@ -110,7 +110,7 @@ def _compressed(cache: Any, scheme: Scheme, codecs: tuple[str, str]) -> RotorCac
     block = scheme.keeping(ring=ring).block
     out = RotorCache(*codecs, keep, ring, block, centre=scheme.centre, window=size - keep)
     if not cache.empty():
-        # The buffer is a circle: its tokens in order.
+        # A rotating cache's buffer is a circle: these are its tokens in order.
         out.append(cache._temporal_order(cache.keys), cache._temporal_order(cache.values))
         out.dropped += cache.offset - out.offset
     return out

@@ -1,6 +1,6 @@
-"""What is kept on a model instance beside its parameters.
+"""Notes on a model instance beside its parameters, and a model's fingerprint.
 
-A model's fingerprint: which weights a prompt cache or a calibration belongs to. Reads a few small tensors only.
+The fingerprint says which weights a prompt cache or a calibration belongs to. A few small tensors are read for it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mlx.utils import tree_flatten
 
 
 def noted(model: Any, name: str) -> Any:
-    """What was noted on this very instance, or None."""
+    """The note `name` on this very instance, or None."""
     return getattr(model, "__dict__", {}).get(name)
 
 
 def note(model: Any, name: str, value: Any) -> None:
-    """Straight into the instance: nn.Module's own attribute setting would keep it among the parameters."""
+    """Puts a note into the instance itself: nn.Module's attribute setting would keep it among the parameters."""
     object.__setattr__(model, name, value)
 
 

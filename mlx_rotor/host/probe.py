@@ -1,4 +1,4 @@
-"""What a model's attention does with each of its caches, found out by running it on caches that watch.
+"""Finds out what a model's attention does with each of its caches, by running the model on caches that watch.
 
 Attention either hands both arrays of a cache untouched to `mx.fast.scaled_dot_product_attention`, where packed tokens
 can be read in their place, or computes with the arrays itself, where they would have to be expanded on every step.

@@ -62,7 +62,7 @@ def save_prompt_cache(path: str | Path, caches: list[Any], metadata: dict[str, s
 
 
 def read_prompt_cache(path: str | Path) -> tuple[list[Any], dict[str, Any]]:
-    """(caches, metadata) of a file that `save_prompt_cache` or `mlx_lm cache_prompt` wrote, evaluated.
+    """(caches, metadata) of a file that `save_prompt_cache` or `mlx_lm cache_prompt` wrote. Arrays are evaluated.
 
     Raises:
         RotorError: an unreadable, foreign or damaged file.

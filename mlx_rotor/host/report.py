@@ -1,7 +1,4 @@
-"""What a prompt cache holds and what became of its layers, for people and machines.
-
-What became of a model's expert layers, for people and machines.
-"""
+"""Reports on a prompt cache and its layers, and on a model's expert layers, for people and machines."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def kv_bytes(caches: Sequence[Any]) -> int:
 
 
 def _elements(cache: Any) -> int:
-    """Numbers a cache stands for, without the room it has not used."""
+    """Numbers that the tokens of a cache stand for, without unused room."""
     if isinstance(cache, RotorCache):
         return cache.elements
     if cache.empty():
@@ -131,14 +128,14 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def runs_as(k: str, v: str) -> str:
-    """What attends to tokens packed with these codecs: kernels of a backend, or MLX operations where one has none."""
+    """The name of what attends to tokens of these codecs: kernels, or MLX operations where a codec has none."""
     # Whether a codec has a kernel is the same for every dimension.
     missing = any(codec.get(name.partition(" ")[0], 128).kernel is None for name in (k, v))
     return "MLX operations" if missing else f"{backend()} kernels"
 
 
 def describe(caches: Sequence[Any]) -> str:
-    """One line: which layers use which codecs, windows and backends, and which are left exact and why."""
+    """One line: the codecs, windows and backends of the compressed layers, and the reasons of those left exact."""
     report = layers(caches)
     hows = [runs_as(k, v) for k, v in report.codecs]
     parts = []
@@ -162,11 +159,11 @@ class ExpertLayer:
 
     Attributes:
         path: of the module; number: of its layer.
-        formats: of its weights, for people; "" where they are left to mlx_lm.
-        left: why they are, "" where they are fused.
+        formats: of its weights, for people; "" where mlx_lm runs the experts.
+        left: the reason why mlx_lm runs them; "" where they are fused.
         summed: the weighted sum, if there is one, is part of the last launch.
-        own_router: why the router is mlx_lm's own, "" where it is a launch.
-        slow: numbers of tokens left to mlx_lm, which is faster with them on this machine.
+        own_router: the reason why the router is mlx_lm's own; "" where it is a launch of ours.
+        slow: numbers of tokens for which mlx_lm runs the experts, as it is faster with them on this machine.
         counts: its calls.
     """
 
@@ -184,18 +181,18 @@ class ExpertLayer:
 
     @property
     def launches(self) -> int:
-        """Of the expert kernels for a decoded token: the router's where it is ours, and two."""
+        """Launches of expert kernels for a decoded token: the router's where it is ours, and two."""
         return 2 if self.own_router else 3
 
     @property
     def idle(self) -> bool:
-        """It was to be fused, was called, and never ran fused."""
+        """Whether it was to be fused, was called, and never ran fused."""
         return not self.left and self.counts.fused == 0 and self.counts.stock > 0
 
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """All of a model's expert layers. `mode`: what `--experts` said; `backend`: of the kernels, "" unused."""
+    """All of a model's expert layers. `mode`: the value of `--experts`; `backend`: of the kernels, "" if unused."""
 
     mode: str
     backend: str
@@ -221,12 +218,12 @@ class ExpertReport:
         return "; ".join([*parts, left] if left else parts)
 
     def describe_left(self) -> str:
-        """The part on layers that are left to mlx_lm."""
+        """The part on layers whose experts mlx_lm runs."""
         groups = _grouped([layer for layer in self.layers if layer.left], lambda e: e.left)
         return "; ".join(f"{_count(group)} left to mlx_lm ({why})" for why, group in groups)
 
     def calls(self) -> list[str]:
-        """What a person reads after a run: how often they ran fused, and a warning for layers that never did."""
+        """Lines for people after a run: calls that ran fused, and a warning for layers that never did."""
         d, idle = self.to_dict(), [layer for layer in self.layers if layer.idle]
         lines = [f"Experts: {d['fused_calls']} calls fused, {d['stock_calls']} in mlx_lm's own way"]
         return lines + ([f"Warning: experts of {_which(idle)} were to be fused and never were"] if idle else [])
@@ -257,7 +254,7 @@ class ExpertReport:
 
 
 def formats(packed: Sequence[PackedWeight]) -> str:
-    """As in "2-bit/2-bit/3-bit affine": gate, up and down."""
+    """The formats of gate, up and down, as in "2-bit/2-bit/3-bit affine"."""
     kinds = [(w.format.bits, w.format.mode) for w in packed]
     if len(set(kinds)) == 1:
         return f"{kinds[0][0]}-bit {kinds[0][1]}"

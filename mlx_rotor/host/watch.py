@@ -1,7 +1,5 @@
-"""Keys and values as they go into a layer's attention, and which layers have a cache that a scheme replaces.
-
-The largest keys and values of every layer with a cache that calibration runs.
-"""
+"""Keys and values as they go into a layer's attention, their largest magnitudes, and the layers that a scheme
+compresses: the measurements that calibration takes from a running model."""
 
 from __future__ import annotations
 
@@ -56,14 +54,14 @@ def compressed_layers(model: Any, kv: str) -> list[int]:
 
 
 class KvLargest:
-    """`layers`: numbers of those with a cache that is to be compressed, in order."""
+    """The largest |K| and |V| of every layer. `layers`: numbers of those whose cache is to be compressed, in order."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers = list(layers)
         self._found: dict[int, tuple[float, float]] = {}
 
     def of(self, layer: int) -> See | None:
-        """What a layer's attention is to be shown to; None for a layer without such a cache."""
+        """The function that takes K and V of a layer's attention; None for a layer without such a cache."""
         if layer not in self._layers:
             return None
 
@@ -83,9 +81,9 @@ class KvLargest:
         return [self._found[layer] for layer in self._layers]
 
     def state(self) -> dict[str, Any]:
-        """For `restore`, as JSON holds it."""
+        """The magnitudes so far, as JSON holds them, for `restore`."""
         return {str(layer): list(pair) for layer, pair in sorted(self._found.items())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up what an earlier run of the same job found."""
+        """Takes up the `state` of an earlier run of the same job."""
         self._found = {int(layer): (float(k), float(v)) for layer, (k, v) in state.items()}

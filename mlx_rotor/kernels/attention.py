@@ -111,7 +111,11 @@ def share(splits: int, lengths: Sequence[int]) -> list[int]:
 
 
 def _places(bodies: Sequence[PackedSegment], lengths: mx.array | None) -> list[int]:
-    """How many packed tokens come before each of the packed segments, which are checked to go together."""
+    """The number of packed tokens before each of the packed segments.
+
+    Raises:
+        RotorError: no segments, too many, of several codecs, or several with lengths.
+    """
     if not bodies:
         raise RotorError("attention over exact tokens alone needs no kernel of ours: call mx.fast's")
     if len(bodies) > MAX_SEGMENTS:

@@ -1,7 +1,7 @@
-"""What checks and timings of kernels found on this machine, kept in the user's cache folder.
+"""Results of checks and timings of kernels on this machine, kept in a file in the user's cache folder.
 
-A kernel that failed is refused when it is called; expert kernels that failed or were slower than stock are left alone
-by `--experts auto`.
+A kernel that failed its check is refused when it is called. `--experts auto` leaves experts to mlx_lm where their
+kernels failed, or were slower than mlx_lm's own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Slower:
-    """A timing that stock won: milliseconds a call of fused and stock experts of `key` (`experts_key`) with `rows`."""
+    """A timing that mlx_lm's experts won: milliseconds a call of both, for `key` (`experts_key`) and `rows`."""
 
     key: str
     rows: int
@@ -56,17 +56,17 @@ class Slower:
 
 
 def codec_id(codec: Codec) -> str:
-    """Codecs that differ in their parameter only run the same kernels."""
+    """Name without parameter, and dimension, as in "trellis3@128": codecs that differ in a parameter share kernels."""
     return f"{codec.name.partition(':')[0]}@{codec.dim}"
 
 
 def format_id(form: WeightFormat) -> str:
-    """As in "affine4:64": mode, bits, group size."""
+    """Mode, bits and group size, as in "affine4:64"."""
     return f"{form.mode}{form.bits}:{form.group_size}"
 
 
 def experts_key(gate: PackedWeight, up: PackedWeight, down: PackedWeight) -> str:
-    """What a timing of fused experts holds for: the three formats, hidden and intermediate size, as in
+    """The key of a timing of fused experts: the three formats, hidden and intermediate size, as in
     "affine2:64+affine2:64+affine3:64 3072x1536"."""
     return f"{'+'.join(format_id(w.format) for w in (gate, up, down))} {gate.columns}x{gate.rows}"
 
@@ -83,7 +83,7 @@ def path() -> Path:
 
 @cache
 def kernels_digest() -> str:
-    """Of every Metal source and of the Python that launches them."""
+    """A digest of every Metal source and of the Python that launches them."""
     texts = [metal.root().joinpath(*name.split("/")).read_bytes() for name in metal.names()]
     texts += [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
     return hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()[:16]
@@ -91,13 +91,13 @@ def kernels_digest() -> str:
 
 @cache
 def key() -> str:
-    """What a result holds for: this device, system (its compiler comes with it), MLX and kernels."""
+    """The device, system (which brings the compiler), version of MLX and text of the kernels that results hold for."""
     device = mx.device_info().get("device_name", platform.machine())
     return f"{device}; {platform.platform()}; mlx {version('mlx')}; kernels {kernels_digest()}"
 
 
 def failures() -> tuple[Failure, ...]:
-    """What failed under this `key`, as the file says; nothing if there is no file.
+    """The checks that failed under this `key`, as the file says; none if there is no file.
 
     Raises:
         RotorError: a file that can't be read.
@@ -106,7 +106,7 @@ def failures() -> tuple[Failure, ...]:
 
 
 def slower() -> tuple[Slower, ...]:
-    """Timings that stock won under this `key`. Raises as `failures`."""
+    """Timings under this `key` in which mlx_lm was faster. Raises as `failures`."""
     return _slower(_entries())
 
 
@@ -121,8 +121,8 @@ def record(checks: Iterable[str], failed: Sequence[Failure]) -> None:
 
 
 def record_timings(timed: Iterable[tuple[str, int]], lost: Sequence[Slower]) -> None:
-    """Stores the outcome of timing `timed`, pairs of an `experts_key` and rows: `lost` are those that stock won. What
-    else is known stays. Raises as `record`."""
+    """Stores the outcome of timing `timed`, pairs of an `experts_key` and rows: in `lost`, mlx_lm was faster. Other
+    results stay. Raises as `record`."""
     run = set(timed)
     _store([*failures(), *(known for known in slower() if (known.key, known.rows) not in run), *lost])
 
@@ -152,7 +152,7 @@ def forget() -> None:
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Refuses nothing inside: checking a kernel again means running it."""
+    """Inside, no kernel is refused: a check has to run the kernel again."""
     token = _ignored.set(True)
     try:
         yield
@@ -171,15 +171,15 @@ def refuse(operation: str, dtype: mx.Dtype, *codecs: Codec) -> None:
 
 
 def refuse_weights(operation: str, dtype: mx.Dtype, *formats: WeightFormat) -> None:
-    """As `refuse`, for kernels that read weights, "route", which reads none, or "matmul"."""
+    """`refuse` for the expert kernels: "gate_up", "down", "gather", "matmul", or "route", which reads no weights."""
     if failed := _failed(operation):
         _refuse(failed, dtype, {format_id(form) for form in formats}, "--experts stock where weights are MLX's own")
 
 
 def prefers_stock(kernel_key: str, rows: int) -> str | None:
-    """Why experts of `kernel_key` (`experts_key`) should be left to stock for so many rows; None: no reason is known.
+    """The reason why mlx_lm should run experts of `kernel_key` (`experts_key`) with so many rows; None: none is known.
 
-    A number of rows that is not timed is taken as the next one that is.
+    A number of rows that is not timed counts as the next larger one that is.
     """
     failed, lost = _known()
     if _ignored.get():
@@ -213,7 +213,7 @@ def _refuse(failed: Sequence[Failure], dtype: mx.Dtype, asked: set[str], instead
 
 @cache
 def _failed(operation: str) -> tuple[Failure, ...]:
-    """This is asked for every launch."""
+    """Cached: every launch asks."""
     return tuple(failure for failure in _known()[0] if failure.operation == operation)
 
 

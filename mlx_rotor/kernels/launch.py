@@ -1,4 +1,4 @@
-"""Which implementation of the kernels runs: `MLX_ROTOR_BACKEND` if set, else the best this machine has."""
+"""The backend that runs kernels: `MLX_ROTOR_BACKEND` if set, else Metal where MLX can run it, else the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BACKENDS = ("metal", "reference")
 
 
 def reason() -> str:
-    """Why MLX itself can't run Metal kernels here and now; "" where it can."""
+    """The reason why MLX can't run Metal kernels here and now; "" where it can."""
     if not mx.metal.is_available():
         return "this machine has no Metal"
     if mx.default_device().type != mx.gpu:
@@ -22,10 +22,10 @@ def reason() -> str:
 
 
 def backend() -> str:
-    """The backend's name. Chosen at call time, so that a test or a user can set the variable after import.
+    """ "metal" or "reference". Chosen at each call, so that a test or a user can set the variable after the import.
 
     Raises:
-        RotorError: if `MLX_ROTOR_BACKEND` names none, or one that can't run here.
+        RotorError: `MLX_ROTOR_BACKEND` names no backend, or one that can't run here.
     """
     wanted = os.environ.get("MLX_ROTOR_BACKEND")
     if not wanted:

@@ -20,7 +20,7 @@ SINKS, BODY, RECENT = range(3)  # the columns of `AttentionArgs.lengths`
 
 @dataclass(frozen=True)
 class TokenMask:
-    """What the last `rows` queries see of the tokens of consecutive segments.
+    """The tokens of consecutive segments that the last `rows` queries see.
 
     Attributes:
         rows: queries.
@@ -97,7 +97,7 @@ class TokenMask:
         return sum(self.sizes[:segment]) < self.kept
 
     def _seen(self, segment: int, start: int, stop: int) -> mx.array | None:
-        """What positions alone say, causality, window and held places: bool [rows, n], or [B, 1, rows, n] where batch
+        """The mask by positions alone, causality, window, held places: bool [rows, n], or [B, 1, rows, n] where batch
         rows differ; None where all are seen."""
         causal, window = self.args.causal, self.args.window
         if self.held is None:

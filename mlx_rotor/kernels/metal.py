@@ -1,10 +1,7 @@
-"""Metal sources as text: finds `kernels_metal`, inlines local includes, names the result by its content.
+"""Metal sources as text, and kernels made of them.
 
-Knows folders and text only: not what a kernel computes, nor how it is launched.
-
-Metal kernels as callables: header text with includes inlined, one generated call line, one name for one source.
-
-`mx.fast.metal_kernel` makes them on a Mac; a simulator with the same signature makes them elsewhere.
+A source is found below `kernels_metal`, and its local includes are inlined. A kernel is such text as header and one
+generated call line. `mx.fast.metal_kernel` makes it on a Mac; a simulator with the same signature makes it elsewhere.
 """
 
 from __future__ import annotations
@@ -31,10 +28,13 @@ _LOCAL_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)".*$', re.MUL
 
 @dataclass(frozen=True)
 class Source:
-    """One Metal source, complete: the JIT that compiles it has no include path.
+    """One Metal source, complete: the compiler in MLX has no include path.
 
-    `path` is relative to `kernels_metal`, `text` has every local include inlined, `files` are the paths whose text
-    it holds, each after what it includes, and `digest` is the SHA-256 of `text` in hexadecimal.
+    Attributes:
+        path: relative to `kernels_metal`; several paths are separated by spaces.
+        text: with every local include inlined.
+        files: the paths whose text it holds, each after the files that it includes.
+        digest: SHA-256 of `text` in hexadecimal.
     """
 
     path: str
@@ -115,7 +115,7 @@ def _inline(path: str, folder: Traversable, done: list[str], stack: tuple[str, .
     return f"// {FOLDER}/{path}\n{text_with_includes}"
 
 
-# What takes mx.fast.metal_kernel's arguments and gives a callable of its kind.
+# Takes the arguments of mx.fast.metal_kernel and returns a callable of the same kind.
 Maker = Callable[..., Any]
 Made = TypeVar("Made", bound=Callable[..., Any])
 _maker: list[Maker] = []
@@ -130,7 +130,7 @@ def use_maker(maker: Maker | None) -> None:
 
 
 def simulated() -> bool:
-    """Whether kernels are made by something else than MLX."""
+    """Whether something else than MLX makes the kernels."""
     return bool(_maker)
 
 
@@ -158,11 +158,10 @@ def kernel(
     body: str,
     contiguous: bool = False,
 ) -> Callable[..., list[mx.array]]:
-    """The kernel `name` whose source is `body`, behind `headers` (paths below kernels_metal).
+    """The kernel `name` with the source `body`, behind `headers` (paths below kernels_metal).
 
-    Inputs keep their strides: the body reads `<input>_strides`; `contiguous`: those that are not in the order of rows
-    are copied first. The name MLX sees ends in a digest of the whole text,
-    as MLX keeps compiled kernels by name.
+    Inputs keep their strides, and the body reads `<input>_strides`; with `contiguous`, MLX copies inputs that are not
+    row-contiguous first. MLX keeps compiled kernels by name: the name it gets ends in a digest of the whole text.
     """
     header = join(headers)
     digest = hashlib.sha256(f"{header.digest}\n{body}".encode()).hexdigest()[:12]

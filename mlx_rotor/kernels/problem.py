@@ -45,7 +45,7 @@ class Problem:
 
 
 def arguments(names: tuple[str, ...]) -> str:
-    """Of decode() and prefill(), from K's tiles on to what they write, for a launch with inputs `names`."""
+    """Arguments of the call lines of decode() and prefill(), from K's tiles on, for a launch with inputs `names`."""
 
     def given(name: str) -> str:
         return name if name in names else "nullptr"
@@ -69,7 +69,7 @@ def problem(
     before: int = 0,
     after: int = 0,
 ) -> Problem:
-    """What one launch takes, over one packed segment.
+    """The arguments of one launch over one packed segment, checked.
 
     Args:
         q: [B, Hq, L, D].

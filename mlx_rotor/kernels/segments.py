@@ -116,7 +116,7 @@ class PackedSegment:
 
     @cached_property
     def ready(self) -> Ready:
-        """What every launch over these tokens takes, checked once: a segment serves many steps.
+        """The arguments of every launch over these tokens, checked once: a segment serves many steps.
 
         Raises:
             RotorError: a codec without a kernel, or means that don't fit.

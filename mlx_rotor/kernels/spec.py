@@ -107,7 +107,7 @@ def spec_of(codec: Codec) -> KernelSpec:
 
 
 class WeightFormat(Protocol):
-    """How weights [.., N, K] are stored: codes, and arrays beside them. `mlx_rotor.experts.formats` has them."""
+    """A way to store weights [.., N, K]: codes, and arrays beside them. `mlx_rotor.experts.formats` has the formats."""
 
     @property
     def mode(self) -> str: ...
@@ -130,10 +130,10 @@ class WeightFormat(Protocol):
 
 
 class Launches(dict[Any, Any]):
-    """What was planned for one packed weight, by what the launcher asks for; a copy of the weight starts anew."""
+    """Launches planned for one packed weight, by the launcher's own keys. A copy of the weight starts with none."""
 
     def drop(self, of: Callable[[Any], bool]) -> None:
-        """Forgets those that `of` is true of."""
+        """Forgets the launches for which `of` is true."""
         for key in [key for key, launch in list(self.items()) if of(launch)]:
             self.pop(key, None)
 
@@ -148,8 +148,8 @@ class PackedWeight:
     Attributes:
         parts: codes uint32 [.., N, K·bits/32], then the format's arrays beside them, each [.., N, n].
         columns: K.
-        bias: [.., N] added to what it is multiplied with, or None.
-        launches: the launchers' own.
+        bias: [.., N], added to a product with the matrix, or None.
+        launches: the launchers' own notes.
     """
 
     format: WeightFormat

@@ -31,10 +31,8 @@ from .plan import Plan, make_plan, read_config
 from .policy import Policy
 from .shards import SHARD_BYTES
 from .source import Checkpoint, Source, has_weights, is_repository, locate
-from .spec import Budget
+from .spec import BUNDLED, FOLDS, Budget
 
-BUNDLED = "bundled"
-FOLDS = ("norms", "downs")
 PROOF = 64  # tokens that folds are proved on
 
 Progress = Callable[[str, int, int], None]  # what runs, steps done, steps in all

@@ -76,6 +76,8 @@ def one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
         raise RotorError(f"{what} = {value!r} is not supported; {what} can be {', '.join(map(str, known))}")
 
 
+BUNDLED = "bundled"  # the calibration text of this package
+FOLDS = ("norms", "downs")  # where scale folding can be done
 TARGET_BITS = (1.0, 16.0)  # no plan is outside
 
 

@@ -13,7 +13,7 @@ from mlx_rotor.bundled import MODEL
 from mlx_rotor.cli.command import run
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quality.sample import Size, bundled
-from mlx_rotor.quant.recipe import BUNDLED
+from mlx_rotor.quant.spec import BUNDLED
 
 SIZE = Size(2, 16, needles=0, lengths=(), depths=(), chats=0)
 WAYS = [Way("uniform-4bit", "fast"), Way("rotor", "fast", "uniform-4bit"), Way("rotor", "fast", "uniform-2bit")]

@@ -19,9 +19,9 @@ def test_both_attend_to_as_many_tokens(monkeypatch):
     ours, stock = [], []
     attend, theirs = kernels.attend, mx.fast.scaled_dot_product_attention
 
-    def seen(q, runs, **how):
-        ours.append((q.shape, q.dtype, [run.length for run in runs]))
-        return attend(q, runs, **how)
+    def seen(q, segments, args):
+        ours.append((q.shape, q.dtype, [segment.length for segment in segments]))
+        return attend(q, segments, args)
 
     def stock_seen(q, k, v, **how):
         stock.append((q.shape, k.shape, v.shape, k.dtype))

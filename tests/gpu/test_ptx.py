@@ -23,7 +23,7 @@ from . import cuda, parity, ptx, timing, toolkit
 from .launch import PtxKernel, Recorder
 from .samples import samples
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason=UNSUPPORTED)
+pytestmark = [pytest.mark.gpu, pytest.mark.nightly, pytest.mark.skipif(not SUPPORTED, reason=UNSUPPORTED)]
 ARCHES = ["sm_80", "sm_90"]
 SAMPLES = {sample.name: sample for sample in samples()} if SUPPORTED else {}
 SDPA = ("sdpa_vector.h", "sdpa_vector", "", (1024, 1, 1))

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid, thinned
 from kernel_cases import (
     DIMS,
     NAMES,
@@ -47,11 +48,9 @@ def agree(side, start, stop, dtype=mx.float32, options=None):
 
 
 @needs_kernels
-@pytest.mark.parametrize("at", range(len(NAMES)), ids=lambda i: NAMES[i])
-def test_every_codec(at):
-    """Each at two of the head dimensions, all of which come up."""
-    for i in (at, at + 3):
-        agree(side_of(NAMES[at], HEAD_DIMS[i % len(HEAD_DIMS)]), 3, 70)
+@grid(1, name=NAMES, dim=HEAD_DIMS)
+def test_every_codec(name, dim):
+    agree(side_of(name, dim), 3, 70)
 
 
 @needs_kernels
@@ -67,7 +66,7 @@ def test_every_float8(options):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("dim", thinned(HEAD_DIMS, 2))
 def test_three_bits_of_every_head_dimension(dim):
     """Vectors of an odd number of units share words at the end of a tile."""
     agree(side_of("trellis3", dim, 33), 0, 33)
@@ -108,10 +107,9 @@ def test_the_packages_dequantize_uses_it(monkeypatch):
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize(("name", "dim"), [("trellis3", 80), ("rotor4", 96), ("fp8:0.5", 80)])
-def test_no_schedule_matters(name, dim, options):
-    agree(side_of(name, dim), 5, 69, options=options)
+@grid(1, case=[("trellis3", 80), ("rotor4", 96), ("fp8:0.5", 80)], options=SCHEDULES)
+def test_no_schedule_matters(case, options):
+    agree(side_of(*case), 5, 69, options=options)
 
 
 @needs_simulator

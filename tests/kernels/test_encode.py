@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid, thinned
 from kernel_cases import DIMS, NAMES, SCHEDULES, needs_kernels, needs_simulator, normal, running, vectors
 from metal_sim import SUPPORTED, Options
 from mlx_rotor import RotorError, codec, kernels
@@ -21,8 +22,7 @@ def same(c, x) -> bool:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("name", NAMES)
+@grid(1, name=NAMES, dim=DIMS)
 def test_bits_are_the_references(name, dim):
     with running() as simulator:
         assert same(codec.get(name, dim), vectors(37, dim))
@@ -47,8 +47,7 @@ def test_every_float8_and_every_tie(options):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("name", ["turbo4", "trellis3", "rotor2", "fp8:0.5"])
+@grid(1, name=["turbo4", "trellis3", "rotor2", "fp8:0.5"], dtype=[mx.float16, mx.bfloat16])
 def test_half_precision(name, dtype):
     with running() as simulator:
         assert same(codec.get(name, 128), vectors(33, 128, dtype=dtype))
@@ -56,7 +55,7 @@ def test_half_precision(name, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("n", thinned([1, 31, 32, 33, 100], 2))
 def test_lengths_batches_and_layouts(n):
     c = codec.get("trellis3", 80)
     with running() as simulator:
@@ -68,18 +67,21 @@ def test_lengths_batches_and_layouts(n):
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize(
-    ("name", "dim"), [("turbo3", 80), ("trellis4", 96), ("rotor3", 128), ("isofull2", 80), ("fp8", 80)]
+@grid(
+    1,
+    case=[("turbo3", 80), ("trellis4", 96), ("rotor3", 128), ("isofull2", 80), ("fp8", 80)],
+    options=SCHEDULES,
 )
-def test_no_schedule_matters(name, dim, options):
+def test_no_schedule_matters(case, options):
     with running(options) as simulator:
-        assert same(codec.get(name, dim), vectors(50, dim))
+        assert same(codec.get(*case), vectors(50, case[1]))
     assert simulator.objections == []
 
 
 @needs_simulator
-@pytest.mark.parametrize("name", ["turbo2", "turbo4", "trellis3", "planar2", "iso2", "isofull2", "rotor2", "fp8"])
+@pytest.mark.parametrize(
+    "name", thinned(["turbo2", "turbo4", "trellis3", "planar2", "iso2", "isofull2", "rotor2", "fp8"], 2)
+)
 def test_traffic(name):
     """No more than 1.15 times input and packed bytes, whole lines."""
     c, x = codec.get(name, 128), mx.contiguous(vectors(256, 128, heads=1, dtype=mx.float16))

@@ -1,4 +1,4 @@
-"""Which backend runs, and what each operation calls on it."""
+"""The choice of the backend, and the kernels that each operation calls on it."""
 
 import pkgutil
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid, thinned
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
@@ -57,7 +58,7 @@ def agree(q, segments, options=None, **how):
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[3]}")
+@pytest.mark.parametrize("case", thinned(CASES, 2), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[3]}")
 def test_codecs_head_dimensions_and_dtypes(case):
     agree(*problem(case[:2], case[2], 70, queries=11, dtype=case[3]))
 
@@ -69,7 +70,7 @@ def test_values_of_another_dimension():
 
 
 @needs_kernels
-@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 127, 1000])
+@pytest.mark.parametrize("length", thinned([0, 1, 31, 32, 33, 127, 1000], [0, 31, 33]))
 def test_lengths(length):
     agree(*problem(length=length, group=10, dtype=mx.float16, kv_heads=1))
     agree(*problem(length=length, group=10, first=0, recent=33, kv_heads=1))
@@ -81,7 +82,7 @@ def test_lengths(length):
 @needs_kernels
 @pytest.mark.parametrize(
     ("group", "queries"),
-    [(1, 9), (1, 32), (1, 33), (3, 3), (3, 70), (4, 3), (6, 2), (7, 5), (8, 2)],
+    thinned([(1, 9), (1, 32), (1, 33), (3, 3), (3, 70), (4, 3), (6, 2), (7, 5), (8, 2)], 2, spread=True),
 )
 def test_query_heads_and_rows(group, queries):
     agree(*problem(group=group, queries=queries, kv_heads=1 if group * queries > 200 else 2))
@@ -181,13 +182,9 @@ def test_how_work_is_cut():
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize(
-    ("pair", "dtype"),
-    [(("turbo3", "trellis2"), mx.float32), (("trellis3", "turbo4"), mx.float16)],
-    ids=["float", "half"],
-)
-def test_no_schedule_matters(pair, dtype, options):
+@grid(1, case=[("turbo3", "trellis2", mx.float32), ("trellis3", "turbo4", mx.float16)], options=SCHEDULES)
+def test_no_schedule_matters(case, options):
+    *pair, dtype = case
     agree(*problem(pair, 80, 70, queries=13, group=3, recent=40, dtype=dtype), options=options)
 
 

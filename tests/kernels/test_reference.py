@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid
 from mlx_rotor import codec
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels import AttentionArgs, ExactSegment, PackedSegment, PackedSide, reference
@@ -44,10 +45,9 @@ def tile(request, monkeypatch):
         monkeypatch.setattr(reference, "MAX_TILE", request.param)
 
 
-@pytest.mark.parametrize("lengths", [[1], [4, 33, 9], [20, 20], [0, 5, 0]])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_causal(tile, lengths, heads, kv_heads, rows):
+@grid(2, lengths=[[1], [4, 33, 9], [20, 20], [0, 5, 0]], of=[(4, 4), (6, 2), (7, 1)], rows=[1, 5])
+def test_causal(tile, lengths, of, rows):
+    heads, kv_heads = of
     parts, total = segments(lengths, kv_heads, 32, 16), sum(lengths)
     rows = min(rows, total)
     q = mx.array(np.random.default_rng(1).standard_normal((2, heads, rows, 32)).astype(np.float32))
@@ -125,9 +125,7 @@ def visible(slots, lengths, rows, causal, window, kept=False):
     return seen
 
 
-@pytest.mark.parametrize("window", [1, 4, 20, 44, 1000])
-@pytest.mark.parametrize("mask", [None, "causal", "bool", "add"])
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@grid(2, window=[1, 4, 20, 44, 1000], mask=[None, "causal", "bool", "add"], rows=[1, 2, 5])
 def test_windows(tile, window, mask, rows):
     slots = [3, 30, 11]
     stored, parts = packed_runs(slots, 2, 64)

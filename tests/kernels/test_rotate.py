@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid, thinned
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
@@ -51,10 +52,9 @@ def agree(*args, options=None, **how):
 
 
 @needs_kernels
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(
-    ("name", "dim"),
-    [
+@grid(
+    1,
+    case=[
         ("turbo4", 64),
         ("trellis3", 80),
         ("turbo2", 112),
@@ -67,8 +67,10 @@ def agree(*args, options=None, **how):
         ("fp8:0.25", 64),
         ("rotor3", 80),
     ],
+    inverse=[False, True],
 )
-def test_every_rotation_in_every_order(name, dim, inverse):
+def test_every_rotation_in_every_order(case, inverse):
+    name, dim = case
     agree(name, vectors(19, dim), inverse=inverse, ordered=not inverse, factor=0.3)
 
 
@@ -80,7 +82,7 @@ def test_half_precision(dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("n", thinned([1, 15, 16, 17, 40], 2))
 def test_lengths_batches_and_layouts(n):
     agree("turbo3", vectors(n, 80, batch=2, heads=3))
     agree("turbo3", mx.contiguous(vectors(n, 80)))
@@ -95,10 +97,9 @@ def test_nothing_to_rotate():
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize(("name", "dim"), [("trellis3", 80), ("rotor2", 96), ("isofull2", 64)])
-def test_no_schedule_matters(name, dim, options):
-    agree(name, vectors(37, dim), ordered=True, options=options)
+@grid(1, case=[("trellis3", 80), ("rotor2", 96), ("isofull2", 64)], options=SCHEDULES)
+def test_no_schedule_matters(case, options):
+    agree(case[0], vectors(37, case[1]), ordered=True, options=options)
 
 
 @needs_simulator

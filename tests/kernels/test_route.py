@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid, thinned
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
@@ -57,21 +58,27 @@ def agree(*args, options=None, **how):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@grid(1, kind=list(KINDS), dtype=[mx.float32, mx.float16, mx.bfloat16])
 def test_kinds_and_dtypes(kind, dtype):
     bias = correction(24) if kind in ("minimax", "deepseek") else None
     agree(logits(3, 24, dtype), 5, KINDS[kind], bias)
 
 
 @needs_kernels
-@pytest.mark.parametrize("tokens", range(1, 10))
+@pytest.mark.parametrize("tokens", thinned(range(1, 10), 4))
 def test_every_number_of_tokens(tokens):
     agree(logits(tokens, 40), 4, MINIMAX, correction(40))
 
 
 @needs_kernels
-@pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 2), (7, 7), (31, 3), (32, 32), (100, 16), (129, 1), (1000, 8)])
+@pytest.mark.parametrize(
+    ("experts", "k"),
+    thinned(
+        [(1, 1), (4, 2), (7, 7), (31, 3), (32, 32), (100, 16), (129, 1), (1000, 8)],
+        [(1, 1), (7, 7), (32, 32), (1000, 8)],
+        spread=True,
+    ),
+)
 def test_numbers_of_experts(experts, k):
     agree(logits(2, experts), k, QWEN3)
 
@@ -106,8 +113,7 @@ def test_what_is_no_number_has_a_place(how):
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize("kind", KINDS)
+@grid(1, kind=list(KINDS), options=SCHEDULES)
 def test_no_schedule_matters(kind, options):
     agree(logits(3, 136), 8, KINDS[kind], options=options)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import thinned
 from kernel_cases import needs_simulator, running
 from metal_sim import Buffer, bits, from_bits, mlx_source, run_file
 from mlx_rotor.kernels.experts.routing import Routing, route_metal, route_reference, sorted_partition
@@ -182,7 +183,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", thinned(list(MODELS), ["minimax", "mixtral", "qwen3_moe", "ernie4_5_moe", "deepseek_v3"])
+)
 def test_indices_and_weights_are_those_of_the_stock_model_bit_for_bit(model):
     how, dtype, experts, k, bias_dtype = MODELS[model]
     x = logits(dtype, experts, 3)
@@ -197,8 +200,8 @@ def test_indices_and_weights_are_those_of_the_stock_model_bit_for_bit(model):
     assert (bits_of(weights) == bits_of(want_weights)).all()
 
 
-@pytest.mark.parametrize("experts", [5, 12, 130, 257, 520, 1024])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=NAMES.get)
+@pytest.mark.parametrize("experts", thinned([5, 12, 130, 257, 520, 1024], [5, 257, 1024]))
+@pytest.mark.parametrize("dtype", thinned([F32, F16, BF16], [F32]), ids=str)
 def test_mlx_sorts_as_the_reference_does(dtype, experts):
     x = logits(dtype, experts, 2)
     x[1, 1], x[1, experts // 2], x[1, 3], x[1, 4] = mx.nan, mx.nan, mx.inf, -mx.inf

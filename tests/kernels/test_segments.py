@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid
 from kernel_cases import (
     SCHEDULES,
     TOLERANCE,
@@ -33,8 +34,7 @@ def agree(q, segments, options=None, **how) -> list[str]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("queries", [DECODE, PREFILL])
-@pytest.mark.parametrize("lengths", [(70, 33, 130), (32, 64), (1, 31, 300), (5,) * 6])
+@grid(1, lengths=[(70, 33, 130), (32, 64), (1, 31, 300), (5,) * 6], queries=[DECODE, PREFILL])
 def test_lengths(lengths, queries):
     agree(*problem(length=lengths, queries=queries, group=2, kv_heads=1))
 
@@ -70,9 +70,7 @@ def test_a_mask_is_read_where_the_run_is(queries):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("queries", [DECODE, 20])
-@pytest.mark.parametrize("lengths", [(130,), (45, 32, 53)])
+@grid(2, lengths=[(130,), (45, 32, 53)], queries=[DECODE, 20], kept=[False, True])
 def test_windows_and_sinks_that_stay(lengths, queries, kept):
     q, segments = problem(queries=queries, length=lengths, group=2, recent=30, kv_heads=1)
     for window in (3, 100):
@@ -110,25 +108,24 @@ def test_a_launch_for_each_and_one_more():
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize("queries", [DECODE, PREFILL])
+@grid(1, queries=[DECODE, PREFILL], options=SCHEDULES)
 def test_no_schedule_matters(queries, options):
     q, segments = problem(("trellis3", "turbo2"), 80, (300, 70), queries=queries, group=3, recent=40, kv_heads=1)
     agree(q, segments, options=options, window=200, keep_first=True)
 
 
 @needs_kernels
-@pytest.mark.parametrize("queries", [DECODE, PREFILL])
-@pytest.mark.parametrize(
-    ("pair", "dim", "dtype"),
-    [
+@grid(
+    1,
+    case=[
         (("fp8", "fp8"), 64, mx.float32),
         (("fp8:0.25", "turbo4"), 128, mx.float16),
         (("trellis4", "fp8:3.0"), 80, mx.bfloat16),
     ],
-    ids=lambda x: "-".join(x) if isinstance(x, tuple) else str(x),
+    queries=[DECODE, PREFILL],
 )
-def test_codecs_without_scales(pair, dim, dtype, queries):
+def test_codecs_without_scales(case, queries):
+    pair, dim, dtype = case
     agree(*problem(pair, dim, (70, 33), queries=queries, group=2, dtype=dtype, kv_heads=1))
 
 

@@ -1,9 +1,10 @@
-"""What decode attention moves, against the bytes that must move, and MLX's own attention in the same harness."""
+"""Traffic of decode attention against the bytes that must move, with MLX's own attention in the same harness."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import thinned
 from kernel_cases import needs_simulator
 from metal_sim.bench import kernel_traffic as traffic
 from mlx_rotor.kernels import metal
@@ -18,8 +19,8 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(4096, 1.20), (16384, 1.10)])
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize(("tokens", "most"), thinned([(4096, 1.20), (16384, 1.10)], 2, spread=True))
+@pytest.mark.parametrize("pair", thinned(PAIRS, 2), ids="-".join)
 def test_decode_moves_little_more_than_it_must(pair, tokens, most):
     """One of the eight KV heads with its four query heads: the others move the same."""
     row = traffic.decode(pair, tokens, heads=4, kv_heads=1, model=False)
@@ -28,8 +29,8 @@ def test_decode_moves_little_more_than_it_must(pair, tokens, most):
     assert row.launches == 2
 
 
-@pytest.mark.parametrize("pair", [("turbo4", "turbo2"), ("trellis3", "trellis3")], ids="-".join)
-@pytest.mark.parametrize("tokens", [4096, 16384])
+@pytest.mark.parametrize("pair", thinned([("turbo4", "turbo2"), ("trellis3", "trellis3")], 2), ids="-".join)
+@pytest.mark.parametrize("tokens", thinned([4096, 16384], 2))
 def test_means_cost_little_more_than_their_bytes(tokens, pair):
     bare, centred = (traffic.decode(pair, tokens, heads=4, kv_heads=1, model=False, span=span) for span in (None, 256))
     assert centred.needed == bare.needed + 256 * (tokens // 256 + 1)

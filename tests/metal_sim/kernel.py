@@ -82,7 +82,7 @@ class Kernel:
 
         text = rewrite(made.text)
         text += "\n" + entry_point(made.text, made.name, [template_argument(value) for _, value in template])
-        if wrong := lint(text, made.text.count("\n") + 1):
+        if options.lint and (wrong := lint(text, made.text.count("\n") + 1)):
             raise CompileError("\n".join(f"{label(line)}: {message}" for line, message in wrong))
 
         buffers = [b for name, a in named for b in self._input(name, a)]

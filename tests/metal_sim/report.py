@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from .arithmetic import summed
@@ -81,12 +82,17 @@ class Report:
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     buffers: dict[str, Traffic] = field(default_factory=dict)
-    accesses: list[Access] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     operations: dict[str, int] = field(default_factory=dict)
     overhead: dict[str, int] = field(default_factory=dict)
     issued: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    name_accesses: Callable[[], list[Access]] = list
+
+    @cached_property
+    def accesses(self) -> list[Access]:
+        """Most bytes first. They are named when they are asked for, which takes a run of addr2line."""
+        return self.name_accesses()
 
     def findings(self) -> list[str]:
         """Everything to object to: errors, notes, and outputs that were not written whole."""
@@ -102,22 +108,10 @@ class Report:
 def make_report(happened: dict, library: Path, buffers: Sequence[tuple[str, int]], label: Label) -> Report:
     """The worker's result in words. `buffers`: (name, bytes) of each; `label` names a line of the compiled text."""
     base = happened["base"]
-    addresses = {a["pc"] for a in happened["accesses"]}
-    addresses |= {f[key] for f in happened["findings"] for key in ("pc", "other_pc")}
-    places = _places(library, sorted(pc - 1 - base for pc in addresses if pc), label)
-
-    def where(pc: int) -> str:
-        return places.get(pc - 1 - base, UNKNOWN_LINE)
-
+    places = _places(library, {f[key] for f in happened["findings"] for key in ("pc", "other_pc")}, base, label)
     names = [name for name, _ in buffers]
-    lines: dict[tuple[str, str, bool], list[int]] = {}
-    for a in happened["accesses"]:
-        name = names[a["buffer"]] if a["buffer"] < len(names) else "threadgroup"
-        total = lines.setdefault((where(a["pc"]), name, bool(a["store"])), [0, 0, 0, 0])
-        for i, key in enumerate(("bytes", "simd_accesses", "lines", "ideal_lines")):
-            total[i] += a[key]
     blocks = happened["blocks"]
-    words = [(f["kind"], _in_words(f, buffers, where, label)) for f in happened["findings"]]
+    words = [(f["kind"], _in_words(f, buffers, places, label)) for f in happened["findings"]]
     return Report(
         errors=[text for kind, text in words if kind != EXITED_LANES],
         notes=[text for kind, text in words if kind == EXITED_LANES],
@@ -127,16 +121,28 @@ def make_report(happened: dict, library: Path, buffers: Sequence[tuple[str, int]
             )
             for name, t in zip(names, happened["traffic"], strict=True)
         },
-        accesses=[Access(*key, *total) for key, total in sorted(lines.items(), key=lambda item: -item[1][2])],
         counts=happened["counts"],
         operations=summed((mix, lanes) for mix, _, lanes, _ in blocks),
         overhead=summed((part, lanes) for _, part, lanes, _ in blocks),
         issued=summed((mix, SIMDGROUP * times) for mix, _, _, times in blocks),
         seconds=happened["seconds"],
+        name_accesses=lambda: _accesses(happened["accesses"], names, library, base, label),
     )
 
 
-def _in_words(f: dict, buffers: Sequence[tuple[str, int]], where: Callable[[int], str], label: Label) -> str:
+def _accesses(found: list[dict], names: Sequence[str], library: Path, base: int, label: Label) -> list[Access]:
+    """What instructions did, summed by line of source."""
+    places = _places(library, {a["pc"] for a in found}, base, label)
+    lines: dict[tuple[str, str, bool], list[int]] = {}
+    for a in found:
+        name = names[a["buffer"]] if a["buffer"] < len(names) else "threadgroup"
+        total = lines.setdefault((places.get(a["pc"], UNKNOWN_LINE), name, bool(a["store"])), [0, 0, 0, 0])
+        for i, key in enumerate(("bytes", "simd_accesses", "lines", "ideal_lines")):
+            total[i] += a[key]
+    return [Access(*key, *total) for key, total in sorted(lines.items(), key=lambda item: -item[1][2])]
+
+
+def _in_words(f: dict, buffers: Sequence[tuple[str, int]], places: Mapping[int, str], label: Label) -> str:
     kind, text = f["kind"], KINDS[f["kind"]]
     access = f"{'store' if f['store'] else 'load'} of {f['size']} B at byte {f['offset']}"
     if f["buffer"] < len(buffers):
@@ -147,14 +153,18 @@ def _in_words(f: dict, buffers: Sequence[tuple[str, int]], where: Callable[[int]
     elif f["text"]:
         text += ": " + re.sub(rf"{re.escape(KERNEL_FILE)}:(\d+):\d+", lambda m: label(int(m[1])), f["text"])
     if kind in (RACE_THREADGROUP, RACE_DEVICE):
-        text += f", against thread {f['other_thread']}" + (f" at {where(f['other_pc'])}" if f["other_pc"] else "")
-    at = f" at {where(f['pc'])}" if f["pc"] else ""
+        text += f", against thread {f['other_thread']}" + (
+            f" at {places.get(f['other_pc'], UNKNOWN_LINE)}" if f["other_pc"] else ""
+        )
+    at = f" at {places.get(f['pc'], UNKNOWN_LINE)}" if f["pc"] else ""
     times = f", {f['count']} times" if f["count"] > 1 else ""
     return f"{text}{at}, thread {f['thread']} of threadgroup {f['group']}{times}"
 
 
-def _places(library: Path, addresses: list[int], label: Label) -> dict[int, str]:
-    """Address in `library` -> line of source, the innermost that is not the simulator's own. Needs addr2line."""
+def _places(library: Path, pcs: Collection[int], base: int, label: Label) -> dict[int, str]:
+    """Instruction behind which `library`, loaded at `base`, was left -> line of source, the innermost that is not the
+    simulator's own. Needs addr2line."""
+    addresses = {pc - 1 - base: pc for pc in sorted(pcs) if pc}
     if not addresses or not (tool := shutil.which("addr2line")):
         return {}
     command = [tool, "-e", str(library), "-f", "-i", "-a", *map(hex, addresses)]
@@ -165,6 +175,7 @@ def _places(library: Path, addresses: list[int], label: Label) -> dict[int, str]
         for place in rest[1::2]:
             file, _, line = place.split(" (")[0].rpartition("/")[2].rpartition(":")
             if line.isdigit() and not file.startswith(("msl_", "metal_")):
-                found[int(address, 16)] = label(int(line)) if file == KERNEL_FILE else f"{file}:{line}"
+                pc = addresses[int(address, 16)]
+                found[pc] = label(int(line)) if file == KERNEL_FILE else f"{file}:{line}"
                 break
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import pytest
+
+from grids import grid
 
 from . import Buffer, Options, Report, bits, from_bits, mlx_source, run_file
 
@@ -62,9 +63,9 @@ def attention(
     return error(out, dtype, exact), report
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-5), (F16, 2e-3), (BF16, 2e-2)])
-@pytest.mark.parametrize(("rows", "causal"), [(1, False), (4, True)])
-def test_sdpa_vector(dtype, tolerance, rows, causal):
+@grid(1, of=[(F32, 2e-5), (F16, 2e-3), (BF16, 2e-2)], case=[(1, False), (4, True)])
+def test_sdpa_vector(of, case):
+    (dtype, tolerance), (rows, causal) = of, case
     wrong, report = attention(dtype, 8, 2, 293, rows, causal)
     assert report.findings() == []
     assert wrong < tolerance
@@ -86,9 +87,9 @@ def test_fast_mode_agrees():
     assert report.accesses == []
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-4), (F16, 1e-2), (BF16, 1e-1)])
-@pytest.mark.parametrize(("width", "group"), [(4, 64), (8, 32), (3, 64), (2, 128)])
-def test_affine_qmv_fast(dtype, tolerance, width, group):
+@grid(1, of=[(F32, 1e-4), (F16, 1e-2), (BF16, 1e-1)], case=[(4, 64), (8, 32), (3, 64), (2, 128)])
+def test_affine_qmv_fast(of, case):
+    (dtype, tolerance), (width, group) = of, case
     rows, columns = 64, 1024
     w, x = normal((rows, columns), dtype, 4) * 0.1, normal((1, columns), dtype, 5)
     packed, scales, biases = mx.quantize(w.astype(dtype), group_size=group, bits=width)

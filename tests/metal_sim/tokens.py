@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 TOKEN = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[A-Za-z_]\w*|\d[\w.]*|\s+"
@@ -12,13 +13,20 @@ TOKEN = re.compile(
 OPENING, CLOSING = ("(", "[", "<", "{"), (")", "]", ">", "}")
 
 
+@lru_cache(maxsize=16)
+def _scanned(text: str) -> tuple[list[str], list[int]]:
+    """All tokens of `text`, and the places of those that are neither white space nor comments."""
+    tokens = TOKEN.findall(text)
+    return tokens, [i for i, t in enumerate(tokens) if not (t.isspace() or t.startswith(("//", "/*")))]
+
+
 class Stream:
     """A text whose tokens can be replaced. `solid` are the tokens that are neither white space nor comments."""
 
     def __init__(self, text: str):
-        self._all = TOKEN.findall(text)
-        self._place = [i for i, t in enumerate(self._all) if not (t.isspace() or t.startswith(("//", "/*")))]
-        self.solid = [self._all[i] for i in self._place]
+        tokens, self._place = _scanned(text)
+        self._all = list(tokens)
+        self.solid = [tokens[i] for i in self._place]
 
     def replace(self, k: int, text: str) -> None:
         """Puts `text` in the place of solid token `k`; `solid` itself keeps the original."""

@@ -12,10 +12,9 @@ from mlx_rotor.quant import Policy, Recipe, dry_run
 from mlx_rotor.quant import policy as policies
 from mlx_rotor.quant.budget import TooSmall, sensitivity
 from mlx_rotor.quant.plan import make_plan, read_config
-from mlx_rotor.quant.recipe import BUNDLED
 from mlx_rotor.quant.shards import file_bytes
 from mlx_rotor.quant.source import open_folder
-from mlx_rotor.quant.spec import Budget
+from mlx_rotor.quant.spec import BUNDLED, Budget
 
 CONFIG = read_config(bundled.MODEL)
 SHARD = 4_000_000_000

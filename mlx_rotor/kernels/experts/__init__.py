@@ -13,7 +13,7 @@ from .reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "MAX_ROWS", "down", "gate_up", "gather", "gather_unsorted", "matmul"]
 
-MAX_ROWS = 8  # rows that are decoded for one by one; more are sorted and tiled
+MAX_ROWS = 8  # rows that kernels for few rows take; more rows are sorted and tiled
 
 
 def matmul(x: mx.array, w: PackedWeight) -> mx.array:
@@ -41,9 +41,9 @@ def gather(
     """Rows of x [T, K], each times its own expert of w [E, N, K], plus its bias: [R, N] in x's dtype.
 
     Args:
-        indices: [R], ascending; below E: nothing checks it.
-        rows: [R], which row of x each is; None: x has R, in the order of `indices`.
-        places: [R], a permutation, which row of the result each is; None: in the order of `indices`.
+        indices: [R], ascending and below E; the values are not checked.
+        rows: [R]: the row of x that each product takes; None: x has R rows, in the order of `indices`.
+        places: [R], a permutation: the row of the result of each product; None: in the order of `indices`.
 
     Raises:
         RotorError: for shapes or a dtype that the kernels do not take, or if they failed their check on this machine.

@@ -1,8 +1,8 @@
-"""Projections into experts and the activation, for few tokens: the Metal launch. Its reference: `reference.gate_up`.
+"""Products with packed weights for at most 8 rows, where a weight is decoded once a launch.
 
-The projections out of experts and their sum, for few tokens: the Metal launch. Its reference: `reference.down`.
-
-A packed matrix times few rows of x: the Metal launch. Its reference: `reference.matmul`.
+`gate_up_metal` launches `experts/gate_up.h`, held against `reference.gate_up`: the projections into experts and the
+activation. `down_metal` launches `experts/down.h`, held against `reference.down`: the projections out of experts and
+their weighted sum. `matvec` launches `experts/matvec.h`, held against `reference.matmul`: one matrix.
 """
 
 from __future__ import annotations

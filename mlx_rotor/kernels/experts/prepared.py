@@ -1,8 +1,7 @@
-"""How launches for few rows share out packed weights: lanes to a row, rows to a simdgroup, simdgroups together.
+"""Launches for few rows, planned once for inputs of one shape and dtype: later calls only hand over arrays.
 
-Launches with packed weights, planned once for inputs of one shape and dtype: later calls hand over arrays only.
-
-A layer makes the same launches for every token, and Python has to be done with all layers while a GPU does one token.
+A layer makes the same launches for every token, and Python must finish all layers while the GPU does one token. A plan
+also says how a launch shares out packed weights: lanes to a row, rows to a simdgroup, simdgroups to a threadgroup.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ MOST_SETS = 16
 
 @dataclass(frozen=True)
 class Side:
-    """What a format's weights take while they are worked on: bits of a code, floats staged for 1024 weights, bytes of
-    a simdgroup's tables."""
+    """Threadgroup memory that a format's weights take: bits of a code, floats staged for 1024 weights, bytes of a
+    simdgroup's tables."""
 
     bits: int
     beside: int
     tables: int
 
     def bytes(self, rows: int, columns: int) -> int:
-        """Of a simdgroup, at most."""
+        """Bytes of a simdgroup, at most."""
         words = 0 if self.bits in DIRECT else columns * self.bits // 32
         return 4 * rows * (words + columns * self.beside // 1024) + self.tables
 
@@ -98,7 +97,7 @@ def geometry(rows: int, columns: int, sides: Sequence[Side], staged_rows: int, t
 
 
 def _lanes(columns: int) -> int:
-    """As many lanes to a row as leave no more than an eighth of them idle, or the fewest."""
+    """Lanes to a row: the most that leave no more than an eighth of them idle, or else the fewest."""
     blocks = columns // BLOCK
     return next((n for n in (32, 16, 8) if -(-blocks // n) * n * 7 <= blocks * 8), 4)
 
@@ -123,7 +122,7 @@ Made = Callable[..., list[mx.array]]
 
 
 class Launch:
-    """A kernel, its weights and what MLX needs to know of a launch. Called with the arrays before the weights."""
+    """A kernel with its weights, grid and result. Call it with the arrays that come before the weights."""
 
     __slots__ = ("_era", "_how", "_made", "_short", "_weights")
 
@@ -154,12 +153,12 @@ class Launch:
         return out
 
     def stale(self) -> bool:
-        """Whether kernels are made otherwise than when this was planned."""
+        """Whether something else makes the kernels by now than when this was planned."""
         return self._era is not _era()
 
 
 class PairLaunch(Launch):
-    """One with the weights of two: kept by the first, good as long as the second is `other`."""
+    """A launch with two packed weights. The first one keeps it, and it is good as long as the second is `other`."""
 
     __slots__ = ("other",)
     other: PackedWeight
@@ -187,5 +186,5 @@ def pointer(names: Sequence[str], name: str, instead: str) -> str:
 
 @metal.kept
 def _era() -> object:
-    """Another object after kernels came to be made otherwise."""
+    """An object that is another one once something else makes the kernels."""
     return object()

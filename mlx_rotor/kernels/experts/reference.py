@@ -1,4 +1,7 @@
-"""References of the expert kernels in plain mx operations, float32 inside."""
+"""References of the expert kernels in plain mx operations, with float32 sums.
+
+`matmul` is that of the matvec kernel and of the tiled one for one matrix, `gather` of the tiled one for experts.
+"""
 
 from __future__ import annotations
 

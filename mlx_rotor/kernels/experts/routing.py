@@ -1,4 +1,7 @@
-"""A token's experts and their weights from its router logits: how a model chooses, the kernel, its reference."""
+"""A token's experts and their weights from its router logits.
+
+`route_metal` launches `experts/route.h`, held against `route_reference`, the operations of the models themselves.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,19 @@ Partition = Callable[..., mx.array]
 
 @dataclass(frozen=True)
 class Routing:
-    """How a model chooses.
+    """How a model chooses experts from router logits.
 
     Attributes:
-        scores: "sigmoid" or "softmax" of all logits; "softmax_of_chosen": logits are compared, weights are a softmax
-            of the chosen ones.
+        scores: "sigmoid" or "softmax" of all logits; "softmax_of_chosen": logits are compared, and the weights are a
+            softmax of the chosen ones.
         normalize: weights are divided by their sum, at least `floor`, plus `epsilon`.
-        scaling: what weights are multiplied with in the end.
-        ascending: the last of a partition of the scores are taken, which end with the best; else the first of one of
-            the negated scores. It decides which of equal ones are taken, and the order.
+        scaling: the factor of the weights in the end.
+        ascending: the model takes the last ones of a partition of the scores, which end with the best; else the first
+            ones of a partition of the negated scores. This decides which of equal scores are taken, and their order.
         upcast: logits become float32 first.
         precise: softmax adds in float32, whatever the scores' dtype.
-        groups: experts are so many groups of neighbours; all but the `kept` with the largest sums of their `best_of`
-            best scores are compared as 0.
+        groups: experts are so many groups of neighbours. The `kept` groups with the largest sums of their `best_of`
+            best scores take part; scores of all other groups are compared as 0.
     """
 
     scores: Literal["sigmoid", "softmax", "softmax_of_chosen"]
@@ -50,7 +53,7 @@ class Routing:
     best_of: int = 2
 
     def why_not(self, experts: int, k: int) -> str:
-        """Why k of so many experts can't be chosen by the kernel; "" where they can."""
+        """The reason why the kernel can't choose k of so many experts; "" where it can."""
         if self.scores not in SCORES:
             return f"scores {self.scores!r} are none of {', '.join(SCORES)}"
         if not 1 <= experts <= MAX_EXPERTS or not 1 <= k <= min(experts, MAX_CHOSEN):
@@ -97,8 +100,8 @@ def route_reference(
     dtype: mx.Dtype | None = None,
     partition: Partition = mx.argpartition,
 ) -> tuple[mx.array, mx.array]:
-    """As `route`, by the operations that models use. MLX's partition on a CPU has its own order; `sorted_partition` has
-    that of Metal everywhere."""
+    """`route` by the operations that models use. MLX's partition on a CPU has its own order of equal scores;
+    `sorted_partition` has the order of Metal everywhere."""
     scores = logits.astype(mx.float32) if how.upcast else logits
     if how.scores == "sigmoid":
         scores = mx.sigmoid(scores)
@@ -130,7 +133,7 @@ def sorted_partition(x: mx.array, kth: int, axis: int) -> mx.array:
 def route_metal(
     logits: mx.array, k: int, how: Routing, bias: mx.array | None = None, dtype: mx.Dtype | None = None
 ) -> tuple[mx.array, mx.array]:
-    """As `route`, in one launch."""
+    """`route` in one launch. Raises as `route`."""
     if logits.ndim != 2 or logits.dtype not in DTYPES:
         raise RotorError(f"router logits are [tokens, experts] of a float dtype, not {logits.shape} {logits.dtype}")
     tokens, experts = logits.shape

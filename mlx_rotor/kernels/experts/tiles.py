@@ -1,7 +1,8 @@
-"""Products of many rows with packed weights, in tiles: with one matrix, or each row with its expert's.
+"""Products of many rows with packed weights, in tiles: with one matrix, or each row with its expert's matrix.
 
-A launch expands a row of weights once for the 16 to 64 rows of x that a threadgroup takes. Expanded weights are
-float16, exact for codebooks, or float32 where x is; x, products and sums are float32, so that x keeps its range.
+`matmul_tiled` launches `experts/matmul.h`, held against `reference.matmul`; `gather_tiled` launches `experts/gather.h`,
+held against `reference.gather`. A launch expands a row of weights once for the 16 to 64 rows of x of a threadgroup.
+Expanded weights are float16, exact for codebooks, or float32 where x is; x, products and sums are float32.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def gather_tiled(
     """Rows of x [T, K], each times its own expert of w [E, N, K], plus its bias: [R, N] in x's dtype.
 
     Args:
-        indices: [R] uint32, below E; ascending, or the weights of an expert are read again for each run of its rows.
-        rows: [R] uint32, below T, which row of x each is; None: x has R, in the order of `indices`.
-        places: [R] uint32, a permutation, which row of the result each is; None: in the order of `indices`.
+        indices: [R] uint32, below E; ascending, or an expert's weights are read again wherever its rows start anew.
+        rows: [R] uint32, below T: the row of x that each product takes; None: x has R rows, in the order of `indices`.
+        places: [R] uint32, a permutation: the row of the result of each product; None: in the order of `indices`.
 
-    Nothing checks what is in these.
+    The values in these lists are not checked.
 
     Raises:
         RotorError: for shapes or a dtype that the kernel does not take.
@@ -74,7 +75,7 @@ def gather_unsorted(x: mx.array, w: PackedWeight, indices: mx.array) -> mx.array
 
 
 def block_for(rows: int, width: int, least: int) -> int:
-    """Rows that a threadgroup takes: more read and expand weights less often, fewer, down to `least`, fill a GPU."""
+    """Rows that a threadgroup takes. More rows expand weights less often; fewer, at least `least`, fill a GPU."""
     block = next((block for block in SHAPES if rows <= block), max(SHAPES))
     while block > least and -(-rows // block) * -(-width // COLUMNS) < THREADGROUPS:
         block //= 2

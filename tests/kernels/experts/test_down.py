@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from expert_cases import SOME, agree, down_off, normal, weights
+from grids import grid
 from kernel_cases import SCHEDULES, TOLERANCE, distance, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels.experts import down, gather, reference
@@ -18,17 +19,14 @@ def shares(tokens, slots, dtype=mx.float32):
 
 
 @needs_kernels
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", SOME, ids=str)
+@grid(1, name=SOME, bias=[False, True], weighted=[False, True])
 def test_formats(name, bias, weighted):
     w = weights(name, (7, 33), 256, bias=bias)
     agree(down_off, normal(2, 3, 256), w, INDICES, shares(2, 3) if weighted else None)
 
 
 @needs_kernels
-@pytest.mark.parametrize("columns", [64, 96, 160, 1536])
-@pytest.mark.parametrize("rows", [1, 70])
+@grid(1, rows=[1, 70], columns=[64, 96, 160, 1536])
 def test_shapes(rows, columns):
     w = weights(("affine", 3, 32), (7, rows), columns)
     agree(down_off, normal(1, 3, columns), w, INDICES[:1], shares(1, 3))
@@ -45,8 +43,7 @@ def test_tokens_and_experts_each(tokens, slots):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("share", [mx.float16, mx.bfloat16, mx.float32])
+@grid(1, share=[mx.float16, mx.bfloat16, mx.float32], dtype=[mx.float16, mx.bfloat16])
 def test_dtypes(share, dtype):
     w = weights(("affine", 3, 64), (7, 33), 128, dtype=mx.bfloat16, bias=True)
     agree(down_off, normal(2, 3, 128, dtype=dtype), w, INDICES, shares(2, 3, share))
@@ -62,8 +59,7 @@ def test_rows_each_with_its_expert():
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize("name", [("affine", 3, 64), ("lloyd", 3, 256)], ids=str)
+@grid(1, name=[("affine", 3, 64), ("lloyd", 3, 256)], options=SCHEDULES)
 def test_no_schedule_matters(name, options):
     w = weights(name, (7, 33), 512, bias=True)
     agree(down_off, normal(2, 3, 512), w, INDICES, shares(2, 3), options=options)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from expert_cases import SOME, agree, gate_up_off, normal, weights
+from grids import grid
 from kernel_cases import SCHEDULES, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels.experts import gate_up
@@ -18,8 +19,7 @@ def stacks(gate, up, rows, columns, **how):
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gpt_oss"])
-@pytest.mark.parametrize("bias", [False, True])
+@grid(1, activation=["swiglu", "geglu", "gpt_oss"], bias=[False, True])
 def test_activations(activation, bias):
     gate, up = stacks(("affine", 2, 64), ("affine", 3, 32), 33, 128, bias=bias)
     agree(gate_up_off, normal(2, 128), gate, up, INDICES, activation)
@@ -41,8 +41,7 @@ def test_formats_side_by_side(gate):
 
 
 @needs_kernels
-@pytest.mark.parametrize("columns", [64, 96, 160, 2880])
-@pytest.mark.parametrize("rows", [1, 33])
+@grid(1, rows=[1, 33], columns=[64, 96, 160, 2880])
 def test_shapes(rows, columns):
     agree(gate_up_off, normal(1, columns), *stacks(("affine", 3, 32), ("affine", 4, 32), rows, columns), INDICES[:1])
 
@@ -57,8 +56,7 @@ def test_tokens_and_experts_each(tokens, slots):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("beside", [mx.float16, mx.bfloat16, mx.float32])
+@grid(1, beside=[mx.float16, mx.bfloat16, mx.float32], dtype=[mx.float16, mx.bfloat16])
 def test_dtypes(beside, dtype):
     gate, up = stacks(("affine", 2, 64), ("lloyd", 2, 64), 33, 128, dtype=beside, bias=True)
     agree(gate_up_off, normal(2, 128, dtype=dtype), gate, up, INDICES)

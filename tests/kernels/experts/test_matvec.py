@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from expert_cases import EVERY, SOME, agree, matmul_off, normal, weights
+from grids import grid, thinned
 from kernel_cases import SCHEDULES, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels.experts import MAX_ROWS, matmul, prepared
@@ -12,24 +13,24 @@ from mlx_rotor.kernels.experts.few_rows import matvec
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", EVERY, ids=lambda name: "-".join(map(str, name)))
+@pytest.mark.parametrize("name", thinned(EVERY, 4), ids=lambda name: "-".join(map(str, name)))
 def test_every_format(name):
     columns = 2 * max(name[2], 32)
     agree(matmul_off, normal(1, columns), weights(name, (33,), columns, bias=True))
 
 
 @needs_kernels
-@pytest.mark.parametrize("columns", [64, 96, 160, 1056, 2880])
-@pytest.mark.parametrize(
-    "name", [("affine", 4, 32), ("affine", 3, 32), ("iq4_nl", 4, 32), ("affine", 8, 32), ("q8", 8, 32)], ids=str
+@grid(
+    1,
+    name=[("affine", 4, 32), ("affine", 3, 32), ("iq4_nl", 4, 32), ("affine", 8, 32), ("q8", 8, 32)],
+    columns=[64, 96, 160, 1056, 2880],
 )
 def test_columns(name, columns):
     agree(matmul_off, normal(2, columns), weights(name, (9,), columns))
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
-@pytest.mark.parametrize("width", [1, 33, 130])
+@grid(1, width=[1, 33, 130], rows=[1, 3, MAX_ROWS])
 def test_edges_of_rows_and_outputs(rows, width):
     agree(matmul_off, normal(rows, 256), weights(("affine", 3, 64), (width,), 256, bias=True))
 
@@ -44,9 +45,12 @@ def test_more_columns_than_a_threadgroup_holds(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("beside", [mx.float16, mx.bfloat16, mx.float32])
-@pytest.mark.parametrize("name", [("affine", 3, 64), ("lloyd", 2, 64)], ids=str)
+@grid(
+    1,
+    name=[("affine", 3, 64), ("lloyd", 2, 64)],
+    beside=[mx.float16, mx.bfloat16, mx.float32],
+    dtype=[mx.float16, mx.bfloat16],
+)
 def test_dtypes(name, beside, dtype):
     agree(matmul_off, normal(2, 192, dtype=dtype), weights(name, (9,), 192, dtype=beside, bias=True))
 
@@ -66,8 +70,7 @@ def test_layouts():
 
 
 @needs_simulator
-@pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: o.order)
-@pytest.mark.parametrize("name", SOME, ids=str)
+@grid(1, name=SOME, options=SCHEDULES)
 def test_no_schedule_matters(name, options):
     agree(matmul_off, normal(2, 512), weights(name, (33,), 512, bias=True), options=options)
 

@@ -1,4 +1,4 @@
-"""What a layer's experts move at MiniMax-M2's dimensions, against the bytes that must move, and what a weight costs.
+"""Traffic of a layer's experts at MiniMax-M2's dimensions against the bytes that must move, and operations a weight.
 
 One threadgroup's rows are run, of every expert that it reads: all others move the same.
 """
@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from expert_cases import normal, weights
+from grids import grid, thinned
 from kernel_cases import needs_simulator
 from metal_sim.bench.kernel_traffic import Tally, counted
 from metal_sim.bench.throughput import DEVICES, predict
@@ -47,7 +48,7 @@ def down(name, mode="count", experts=CHOSEN) -> tuple[Tally, int]:
     return tally, w.nbytes
 
 
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("name", thinned(list(MIXES), 2))
 def test_experts_move_little_more_than_they_must(name):
     into, out = MIXES[name]
     (one, packed), (other, packed_out) = gate_up(into), down(out)
@@ -75,18 +76,19 @@ def slower(run, name) -> float:
     return found.arithmetic / found.memory
 
 
-@pytest.mark.parametrize("name", [("affine", 2, 64), ("affine", 4, 128), ("iq4_nl", 4, 16), ("lloyd", 2, 256)], ids=str)
+@pytest.mark.parametrize(
+    "name", thinned([("affine", 2, 64), ("affine", 4, 128), ("iq4_nl", 4, 16), ("lloyd", 2, 256)], 4), ids=str
+)
 def test_memory_is_slower_than_arithmetic_in_gate_up(name):
     assert slower(gate_up, name) < 0.95
 
 
-@pytest.mark.parametrize("name", [("affine", 3, 64), ("lloyd", 3, 256), ("lloyd", 2, 256)], ids=str)
+@pytest.mark.parametrize("name", thinned([("affine", 3, 64), ("lloyd", 3, 256), ("lloyd", 2, 256)], 3), ids=str)
 def test_memory_is_slower_than_arithmetic_in_down(name):
     assert slower(lambda name, mode: down(name, mode, 4), name) < 0.95
 
 
-@pytest.mark.parametrize("columns", [HIDDEN, INTERMEDIATE])
-@pytest.mark.parametrize("name", [("q8", 8, 32), ("affine", 8, 64)], ids=str)
+@grid(1, name=[("q8", 8, 32), ("affine", 8, 64)], columns=[HIDDEN, INTERMEDIATE])
 def test_8_bits_are_read_by_whole_lines(name, columns):
     """Of attention and heads."""
     w = weights(name, (DOWN_ROWS,), columns, dtype=dtype(name))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from expert_cases import SOME
+from grids import grid
 from kernel_cases import SCHEDULES, distance, needs_kernels, needs_simulator, running
 from mlx_rotor.kernels.experts import reference, tiles
 from tile_cases import RAGGED, agree, experts_of, packed, rows_of, sorted_off
@@ -25,9 +26,10 @@ def test_formats(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("block", tiles.SHAPES)
-@pytest.mark.parametrize(
-    "counts", [RAGGED, (100, 1), (0, 1, 100, 0), (1,) * 20, (64, 64), (7,), (8, 8, 8, 9, 15, 17, 16)], ids=str
+@grid(
+    1,
+    counts=[RAGGED, (100, 1), (0, 1, 100, 0), (1,) * 20, (64, 64), (7,), (8, 8, 8, 9, 15, 17, 16)],
+    block=list(tiles.SHAPES),
 )
 def test_segments(counts, block):
     agree(sorted_off, *ragged(counts=counts), block=block)
@@ -41,8 +43,7 @@ def test_few_rows(rows):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("width", [1, 33])
+@grid(1, width=[1, 33], dtype=[mx.float16, mx.bfloat16])
 def test_dtypes_widths_and_a_bias(dtype, width):
     x, w, indices = ragged(("affine", 2, 64), width=width, columns=192, bias=True)
     agree(sorted_off, x.astype(dtype), w, indices, block=64)
@@ -77,10 +78,9 @@ def unsorted_off(x, w, indices) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize(("tokens", "each"), [(23, 3), (40, 1), (2, 3), (1, 6)])
-def test_experts_in_any_order(tokens, each, dtype):
-    x, w, indices = any_order(tokens, each)
+@grid(1, sizes=[(23, 3), (40, 1), (2, 3), (1, 6)], dtype=[mx.float32, mx.bfloat16])
+def test_experts_in_any_order(sizes, dtype):
+    x, w, indices = any_order(*sizes)
     agree(unsorted_off, x.astype(dtype), w, indices)
 
 

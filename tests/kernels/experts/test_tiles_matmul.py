@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from grids import grid, thinned
 from kernel_cases import SCHEDULES, needs_kernels, needs_simulator, running
 from mlx_rotor.errors import RotorError
 from mlx_rotor.kernels.experts import tiles
@@ -11,30 +12,27 @@ from tile_cases import EVERY, agree, dense_off, packed, rows_of
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", EVERY, ids=lambda name: "-".join(map(str, name)))
+@pytest.mark.parametrize("name", thinned(EVERY, 2), ids=lambda name: "-".join(map(str, name)))
 def test_every_format(name):
     columns = max(name[2], 64)
     agree(dense_off, rows_of(20, columns), packed(name, 40, columns=columns))
 
 
 @needs_kernels
-@pytest.mark.parametrize("block", tiles.SHAPES)
-@pytest.mark.parametrize("columns", [32, 128, 160, 288])
+@grid(1, columns=[32, 128, 160, 288], block=list(tiles.SHAPES))
 def test_columns_and_blocks(columns, block):
     """Steps of K that are whole and not; a last block of rows and of outputs that are not."""
     agree(dense_off, rows_of(block + 9, columns), packed(("q8", 8, 32), 40, columns=columns, bias=True), block=block)
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 33, 65])
-@pytest.mark.parametrize("width", [1, 31, 33])
+@grid(1, width=[1, 31, 33], rows=[1, 7, 8, 9, 32, 33, 65])
 def test_edges_of_rows_and_outputs(rows, width):
     agree(dense_off, rows_of(rows, 64), packed(("affine", 4, 64), width, columns=64, bias=True))
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("beside", [mx.float16, mx.bfloat16, mx.float32])
+@grid(1, dtype=[mx.float16, mx.bfloat16], beside=[mx.float16, mx.bfloat16, mx.float32])
 def test_dtypes(dtype, beside):
     w = packed(("affine", 3, 64), 33, columns=192, dtype=beside, bias=True)
     agree(dense_off, rows_of(40, 192, dtype), w, block=64)

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from expert_cases import EVERY, weights
+from grids import grid
 from kernel_cases import mutated, needs_kernels, needs_simulator, running
+from metal_sim import Options
 from mlx_rotor.kernels import metal
 
 
@@ -53,15 +55,13 @@ def test_every_format_to_the_bit(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("name", [("affine", 3, 32), ("lloyd", 3, 64), ("iq4_nl", 4, 16), ("q8", 8, 32)], ids=str)
+@grid(1, name=[("affine", 3, 32), ("lloyd", 3, 64), ("iq4_nl", 4, 16), ("q8", 8, 32)], dtype=[mx.float32, mx.bfloat16])
 def test_any_dtype_beside_the_codes(name, dtype):
     assert wrong(weights(name, (9,), 128, dtype=dtype)) == 0
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@grid(1, bits=[1, 2, 3, 4, 5, 6, 8], dtype=[mx.float32, mx.float16, mx.bfloat16])
 def test_affine_is_what_mlx_packs(bits, dtype):
     """Quantized by MLX, read by ours, against MLX's dequantize in float32."""
     x = mx.random.normal((9, 128), key=mx.random.key(bits)).astype(dtype)
@@ -97,6 +97,7 @@ def test_affine_is_what_mlx_packs(bits, dtype):
 )
 def test_a_wrong_bit_is_seen(name, path, old, new, at, monkeypatch, tmp_path):
     w = weights(name, (9,), 128)
-    assert wrong(w) == 0
+    unlinted = Options(lint=False)
+    assert wrong(w, unlinted) == 0
     with mutated(monkeypatch, tmp_path, f"weight/{path}.h", old, new, at):
-        assert wrong(w)
+        assert wrong(w, unlinted)

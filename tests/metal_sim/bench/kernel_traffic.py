@@ -152,12 +152,12 @@ def decode(
     q = mx.array(np.random.default_rng(2).standard_normal((1, heads, 1, DIM)).astype(np.float16))
     needed = sum(stored_bytes(side) for body in bodies for side in (body.k, body.v)) + 2 * q.nbytes
     with counted("count") as tally:
-        attend_metal(q, None, bodies, None, scale=DIM**-0.5)
+        attend_metal(q, None, bodies, None, AttentionArgs(scale=DIM**-0.5))
     row = Row("decode", "/".join(pair), tokens, heads, needed, tally.moved, tally.line_use, tally.launches)
     if not model:
         return row
     with counted("arithmetic") as operations:
-        attend_metal(q, None, bodies, None, scale=DIM**-0.5)
+        attend_metal(q, None, bodies, None, AttentionArgs(scale=DIM**-0.5))
     return _modelled(row, operations.issued, tally.moved, kv_heads)
 
 
