@@ -1,1 +1,1 @@
-"""Time, memory and traffic of the parts: what `mlx_rotor benchmark` runs."""
+"""Time and memory of the parts, which `mlx_rotor benchmark` measures."""

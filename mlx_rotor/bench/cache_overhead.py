@@ -1,8 +1,8 @@
-"""What a compressed cache costs in Python: time to build one layer's graph for one token, beside the stock cache's.
+"""A compressed cache's cost in Python: time to build one layer's graph for one token, beside the stock cache's.
 
-Nothing is evaluated inside the timed part. On a Mac, Python builds the next token's graph while the GPU runs this one:
-the time here is what has to fit in there. Kernels are made by a stand-in that only makes lazy outputs, so the launch
-code is the Mac's own but MLX's call behind it, some microseconds a launch, is not in the figure.
+Nothing is evaluated inside the timed part. On a Mac, Python builds the next token's graph while the GPU computes this
+one, so the time here has to fit into that. A stand-in makes kernels that only return lazy outputs: the launch code is
+the Mac's own, but MLX's call behind it, some microseconds a launch, is not in the figure.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What every codec loses on vectors whose coordinates are Gaussian, as rotated ones nearly are, against the bound.
+"""The loss of every codec: on Gaussian coordinates, as rotated vectors nearly have, against the rate-distortion bound.
 
-Keys with a large constant part, as biased projections make them: what packing does to attention's scores.
+The second measurement has keys with a large constant part, as biased projections make them, and looks at scores.
 """
 
 from __future__ import annotations

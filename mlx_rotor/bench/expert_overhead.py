@@ -1,6 +1,6 @@
-"""What fused experts and packed matrices cost in Python: time to build the graph for one token, beside stock's.
+"""The cost of fused experts and packed matrices in Python: time to build the graph for one token, beside stock's.
 
-As `cache_overhead`: nothing is evaluated inside the timed part, and kernels are stand-ins that only make lazy outputs.
+As in `cache_overhead`, nothing is evaluated inside the timed part and stand-ins make lazy outputs instead of kernels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What each fit of weights costs and loses, mx.quantize beside it: on normal weights, and on outputs of a layer.
+"""Time and error of each fit of weights, beside mx.quantize: on normal weights, and on a layer's outputs.
 
-Times are processor time of this process, so that others on the machine hardly count; on a GPU they are wall time.
+Times are processor time of this process, so that other processes hardly count; on a GPU they are wall time.
 """
 
 from __future__ import annotations

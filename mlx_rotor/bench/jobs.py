@@ -1,7 +1,6 @@
-"""How fast a quantize job is and what memory it takes, beside a loop that only reads, quantizes and writes; and what
-memory it takes with a calibration.
+"""Speed and memory of a quantize job, beside a loop that only reads, quantizes and writes; and memory of calibration.
 
-The source is synthetic: one layer with the dimensions of MiniMax-M2 (3.6 GB of FP8), the vocabulary cut down. Each run
+The source is synthetic: one layer with the dimensions of MiniMax-M2 (3.6 GB of FP8), the vocabulary cut down. Each job
 is a process of its own, so that its peak is its own. A calibrated job is measured on few experts, so that it ends on a
 CPU: as many tokens at once as always, each to as many experts as always.
 """

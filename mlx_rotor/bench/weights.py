@@ -1,11 +1,7 @@
-"""Ways to quantize one source side by side: what each takes, and what it costs on code and prose. A file keeps rows.
-
-Rows of `weight_rows` as Markdown tables and as a drawing: KL divergence against size. Knows no model.
-"""
+"""Policies and fits applied to one source: size and quality of each, kept in a JSON file, as tables and a drawing."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +14,7 @@ from ..files import write_text
 from ..quality.card import percent, pm
 from ..quality.evaluation import CheckpointRow, compare_policies, row_from_dict
 from ..quality.machine import machine
-from ..quality.plot import SETTINGS, available
+from ..quality.plot import Panel, Series, svg
 from ..quality.record import LOOSE
 from ..quality.sample import Domain, Size
 from ..quality.streamed import SourceReference
@@ -209,52 +205,31 @@ def _ordered(table: Table) -> list[tuple[Way, CheckpointRow]]:
 
 
 def drawing(table: Table) -> str:
-    """KL against size, a panel a text, SVG. Solved policies are joined by lines, listed ones are hollow marks.
+    """KL divergence against size, a panel a text, as SVG. Solved policies are a line, listed ones hollow marks.
 
     Raises:
         RotorError: no matplotlib, or nothing to draw.
     """
-    available()
     if not table.rows:
         raise RotorError("--plot: no row was measured")
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(10, 5), layout="constrained")
-        FigureCanvasSVG(figure)
-        panels = figure.subplots(1, len(table.texts), squeeze=False, sharey=True)[0]
-        for nth, (axes, name) in enumerate(zip(panels, table.texts, strict=True)):
-            for method, (colour, marker) in STYLES.items():
-                for solved in (True, False):
-                    _series(axes, table, nth, method, solved, colour, marker)
-            axes.set_yscale("log")
-            axes.margins(x=0.12)  # names stand beside marks
-            axes.set_xlabel("MB of weight files")
-            axes.set_title(name)
-            axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
-        panels[0].set_ylabel("KL(source ‖ quantized), nats a token, ± one standard error")
-        panels[-1].legend(fontsize=8)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+    panels = [
+        Panel(
+            name,
+            "MB of weight files",
+            [s for method in STYLES for solved in (True, False) if (s := _series(table, nth, method, solved)).marks],
+        )
+        for nth, name in enumerate(table.texts)
+    ]
+    y_label = "KL(source ‖ quantized), nats a token, ± one standard error"
+    return svg(panels, y_label, width=10, margin=0.12, names=7, columns=1)
 
 
-def _series(axes: Any, table: Table, nth: int, method: str, solved: bool, colour: str, marker: str) -> None:
+def _series(table: Table, nth: int, method: str, solved: bool) -> Series:
+    """The rows of one method on text `nth`, by size. Names are written once, at the fast fit's listed policies."""
     part = sorted(
         (row for way, row in table.rows.items() if way.method == method and bool(way.size_of) == solved),
         key=lambda row: row.nbytes,
     )
-    if not part:
-        return
-    found = [row.quality[nth].divergence.mean for row in part]
-    x, y = [row.nbytes / 1e6 for row in part], [kl.value for kl in found]
-    low = [min(kl.se or 0.0, 0.9 * kl.value) for kl in found]
-    error = [low, [kl.se or 0.0 for kl in found]]
-    style: dict[str, Any] = {"linewidth": 1.2} if solved else {"mfc": "white", "linestyle": "none"}
-    label = f"{'solved' if solved else 'listed'}, {method}"
-    axes.errorbar(x, y, yerr=error, color=colour, marker=marker, label=label, capsize=2, markersize=5, **style)
-    for row in part if not solved and method == "fast" else ():
-        at = (row.nbytes / 1e6, row.quality[nth].divergence.mean.value)
-        axes.annotate(row.name, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+    named = not solved and method == "fast"
+    marks = [(row.nbytes / 1e6, row.quality[nth].divergence.mean, row.name if named else "") for row in part]
+    return Series(f"{'solved' if solved else 'listed'}, {method}", *STYLES[method], marks, solved)

@@ -1,1 +1,1 @@
-"""Whether this Mac runs the kernels right, and how fast: what `mlx_rotor doctor` runs."""
+"""Checks and measurements of this Mac, which `mlx_rotor doctor` runs: is it right, and how fast is it."""

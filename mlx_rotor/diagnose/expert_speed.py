@@ -1,7 +1,4 @@
-"""Dimensions of expert layers of models that people run, and what formats their three projections are measured in.
-
-Time of a layer's experts, fused against mlx_lm's own layer, by model, formats and tokens.
-"""
+"""Time of a layer's experts, fused against mlx_lm's own layer, by model, weight formats and tokens."""
 
 from __future__ import annotations
 

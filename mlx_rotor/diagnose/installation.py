@@ -1,4 +1,4 @@
-"""What this machine and installation are, and whether they fit: versions, device, backends, kernel checks."""
+"""This machine and installation, and whether they fit together: versions, device, backends, check results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which of the kernels' activations an expert layer has: found out by computing, not by its name.
+"""mlx_lm's SwitchGLU with the expert kernels in it: the class that a layer gets, and the state that it keeps.
 
-mlx_lm's SwitchGLU with the expert kernels in it: the class that a layer's own is changed to, and what it keeps.
+`kernel_name` recognises a layer's activation by what it computes, as models have many names for the same one.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ _NAME = "_rotor_experts"
 
 @dataclass
 class State:
-    """What a layer keeps beside its parameters.
+    """The state of a fused layer, kept beside its parameters.
 
     Attributes:
-        activation: the kernels' name of it.
+        activation: the kernels' name of the layer's activation.
         rows: numbers of tokens that the kernels are used for.
-        trying: this is a step that is only built, to see whether the kernels take it.
-        refused: why they did not.
-        chosen: experts of a token, since it was tried.
+        counts: calls, by the way that was taken.
+        trying: the current step is only built, to find out whether the kernels take it.
+        refused: why they didn't.
+        chosen: experts of a token, known once it was tried.
     """
 
     activation: str
@@ -63,19 +64,19 @@ class State:
     trying: bool = False
     refused: str = ""
     chosen: int = 0
-    # The weights' arrays when they were read last, what was made of them, and `dtype` by x's.
+    # The weights' arrays when they were read last, the experts made of them, and the dtype to compute in by x's.
     _read: tuple[list[Any], FusedExperts | None, dict[mx.Dtype, mx.Dtype]] | None = None
 
     def __deepcopy__(self, _: Any) -> State:
-        """Of a copied layer, whose calls are its own."""
+        """The state of a copied layer, with its own counts."""
         return State(self.activation, self.rows, refused=self.refused, chosen=self.chosen)
 
     def covers(self, tokens: int) -> bool:
-        """Whether the kernels are to be used for so many."""
+        """Whether the kernels are to be used for so many tokens."""
         return self.trying or tokens in self.rows
 
     def read(self, layer: Any) -> tuple[FusedExperts | None, dict[mx.Dtype, mx.Dtype]]:
-        """The layer's weights as they are now, None where they are no longer packed, and dtypes known with them."""
+        """The layer's experts as they are now (None: no longer packed) and the dtypes known with them."""
         gate, up, down = layer["gate_proj"], layer["up_proj"], layer["down_proj"]
         arrays = [*gate.values(), *up.values(), *down.values()]
         known = self._read
@@ -88,7 +89,7 @@ class State:
         return None if gate is None or up is None or down is None else FusedExperts(gate, up, down, self.activation)
 
     def taking(self, layer: Any, x: mx.array, indices: mx.array) -> tuple[FusedExperts, mx.array] | None:
-        """The experts, and x in the dtype to compute in, if the kernels are to take x [.., K], indices [.., k]."""
+        """The experts, and x in the dtype to compute in, if the kernels are to take x [.., K] and indices [.., k]."""
         k = indices.shape[-1]
         if not k or self.refused or not self.covers(indices.size // k):
             return None
@@ -96,7 +97,7 @@ class State:
         if experts is None:
             return None
         dtype = dtypes.get(x.dtype)
-        if dtype is None:  # what mlx_lm's own path makes of such an x: built, never computed
+        if dtype is None:  # the dtype of mlx_lm's own result, which is built and never computed
             dtype = dtypes[x.dtype] = SwitchGLU.__call__(layer, x, indices).dtype
         x = x if dtype == x.dtype else x.astype(dtype)
         if self.trying:
@@ -109,7 +110,7 @@ class State:
         return experts, x
 
     def tiling(self, layer: Any, indices: mx.array) -> FusedExperts | None:
-        """The experts, if so many tokens go to the tiled kernels: more than kernels for few take, in our formats."""
+        """The experts, if the tokens go to the tiled kernels: more than MAX_ROWS, and weights in our formats."""
         k = indices.shape[-1]
         if self.refused or not k or indices.size // k <= MAX_ROWS or backend() == "reference":
             return None
@@ -118,8 +119,11 @@ class State:
 
 
 class FusedSwitchGLU(SwitchGLU):
-    """Computes as the SwitchGLU it was: few tokens in two launches; more in our formats in three, around its own
-    activation, which neither copy nor sort rows; else in mlx_lm's own way."""
+    """Computes what the SwitchGLU did that it was.
+
+    Few tokens take two launches. More tokens, with weights in our formats, take three around the layer's activation,
+    without rows copied or sorted. Every other call is left to mlx_lm.
+    """
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         kept: State = noted(self, _NAME)
@@ -149,6 +153,6 @@ def take(layer: Any) -> None:
 
 
 def state_of(layer: Any) -> State | None:
-    """What a fused layer keeps; None for another."""
+    """The state of a fused layer; None for any other."""
     state: State | None = noted(layer, _NAME)
     return state

@@ -1,6 +1,6 @@
-"""Fused experts under a stock mlx_lm model: putting them there, taking them off, and finding out that they run.
+"""Attaching fused experts to a stock mlx_lm model, detaching them, and proving that they run.
 
-A layer keeps its module, its parameters and their names; only its class changes, to one that computes the same.
+A layer keeps its module, its parameters and their names. Only its class changes, to one that computes the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALL = frozenset(range(1, MAX_ROWS + 1))
 
 
 def mode_of_draft(mode: str) -> str:
-    """For a draft model beside one in `mode`: it may have no experts, or others."""
+    """The mode of a draft model beside a model in `mode`: the draft may have no experts, or other ones."""
     return STOCK if mode == STOCK else AUTO
 
 
@@ -41,14 +41,22 @@ def check_mode(mode: str) -> None:
 def attach_experts(model: Any, mode: str = AUTO) -> ExpertReport:
     """Makes the expert layers of `model` decode through the expert kernels, until `detach_experts`.
 
-    Whether each does is found out by building the graph of one step, of which nothing is computed.
+    One step's graph is built, and nothing of it computed, to find out which layers do.
 
     Args:
+        model: a model of mlx_lm, with its experts quantized.
         mode: `auto`, where kernels run and are not known to be slower on this machine; `fused`, all; `stock`, none.
+
+    Returns:
+        The report: layers that are fused, those left to mlx_lm and why, and counts of their calls.
 
     Raises:
         RotorError: an unknown mode, an unsupported mlx_lm, or `fused` for a model without expert layers or with some
-            that can't be, with each and why.
+            that can't be fused, each with the reason.
+
+    Example:
+        >>> model, tokenizer = mlx_rotor.load("examples/minimax_m27")
+        >>> print(mlx_rotor.attach_experts(model).describe())
     """
     versions.check()
     check_mode(mode)
@@ -108,7 +116,7 @@ def _found(model: Any) -> dict[str, Any]:
 
 
 def _packed(layer: Any) -> list[PackedWeight] | str:
-    """The three projections, or why the kernels can't read them."""
+    """The three projections as packed weights, or the reason why the kernels can't read them."""
     if type(layer) is not SwitchGLU:
         return f"{type(layer).__name__} is no SwitchGLU"
     packed = []
@@ -124,7 +132,7 @@ def _packed(layer: Any) -> list[PackedWeight] | str:
 
 
 def _objection(layer: Any, packed: list[PackedWeight] | str, mode: str) -> str:
-    """Why this layer is left to mlx_lm, or ""."""
+    """The reason why this layer is left to mlx_lm, or ""."""
     if mode == STOCK:
         return ASKED
     if isinstance(packed, str):
@@ -139,7 +147,7 @@ def _objection(layer: Any, packed: list[PackedWeight] | str, mode: str) -> str:
 
 
 def _rows(packed: list[PackedWeight] | str, mode: str) -> set[int]:
-    """Numbers of tokens that the kernels are to be used for."""
+    """The numbers of tokens that the kernels are to be used for."""
     assert not isinstance(packed, str)
     if mode == FUSED:
         return set(ALL)
@@ -148,7 +156,7 @@ def _rows(packed: list[PackedWeight] | str, mode: str) -> set[int]:
 
 
 def _try(model: Any, states: Mapping[str, State]) -> dict[str, Counts]:
-    """What one decoding step does with each layer. It is built and not computed."""
+    """Counts of each layer's calls in one decoding step, which is built and not computed."""
     for state in states.values():
         state.trying = True
     try:

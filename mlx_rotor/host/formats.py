@@ -1,11 +1,8 @@
-"""What mlx_lm reads of a checkpoint in our formats: its config.json, and its weights to the last tensor.
+"""Models with weights in formats that MLX doesn't have, for every loader that stands on mlx_lm.
 
-mlx_lm takes a second to import, so its functions are wrapped when something else imports it.
-
-Models with weights in formats MLX does not have, for every loader that stands on mlx_lm.
-
-From `import mlx_rotor` on, `mlx.nn.quantize` makes our layers where a module's mode is one of ours, and what splits
-layers over machines splits them too. Everything else goes to MLX's own functions as it came.
+From `import mlx_rotor` on, `mlx.nn.quantize` makes our layers where a module's mode is one of ours, and MLX's functions
+that split layers over machines split ours too. Everything else reaches MLX's own functions unchanged. mlx_lm takes a
+second to import, so its functions are wrapped when something else imports it.
 """
 
 from __future__ import annotations

@@ -23,14 +23,14 @@ _NAME = "_rotor_router"
 
 
 class _Kept:
-    """What such a block keeps: its own class, what that does, and how it chose last."""
+    """The state of such a block: its own class, that class's description, and the choice that was read last."""
 
     def __init__(self, stock: type, block: Block) -> None:
         self.stock, self.block = stock, block
         self._chosen: tuple[list[Any], Choice] | None = None
 
     def run(self, module: Any, x: mx.array) -> mx.array | None:
-        """The block's result for x [.., K], None where it is left to mlx_lm."""
+        """The block's result for x [.., K]; None where the call is left to mlx_lm."""
         block = self.block
         state: State | None = state_of(module[block.experts])
         width = x.shape[-1]
@@ -54,7 +54,7 @@ class _Kept:
         return y if group is None else mx.distributed.all_sum(y, group=group)
 
     def choice(self, gate: Any) -> Choice:
-        """Read anew where an attribute or an array of the gate is another than when it was read last."""
+        """The gate's choice, read again where an attribute or an array of the gate has been replaced."""
         found = [*gate.values(), *vars(gate).values()]
         known = self._chosen
         if known is None or len(known[0]) != len(found) or not all(map(is_, known[0], found)):
@@ -74,10 +74,10 @@ def _routed(kind: Any) -> type:
 
 
 def attach(model: Any, layers: Mapping[str, Any]) -> dict[str, str]:
-    """Puts the kernel into the blocks of expert layers, which are given by path.
+    """Puts the kernel into the blocks that hold `layers`, expert layers by path.
 
     Returns:
-        Why a block is left as it is, "" for the others, by the layer's path.
+        By the layer's path, the reason why a block is left as it is, "" for the others.
     """
     modules = dict(model.named_modules())
     return {path: _attach(modules[path.rpartition(".")[0]], layer) for path, layer in layers.items()}

@@ -1,6 +1,6 @@
-"""mlx_lm's own model of a config.json, without weights: which parameters it has, by name and shape.
+"""mlx_lm's own model of a config.json without weights: the names and shapes of its parameters.
 
-What mlx_lm's loader makes of a checkpoint, known from its tensors' names, shapes and dtypes: no weight is read.
+From tensors' names, shapes and dtypes it follows what mlx_lm's loader makes of a checkpoint; no weight is read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A layer's matrix products by NumPy where MLX computes on the CPU: its own have no BLAS on Linux and take 20 times as
-long. On a GPU they are MLX's.
+"""The parts of `layerwise`: matrix products in NumPy on a CPU, and experts that are read one at a time.
 
-A layer's experts without their weights: each is read, used on the rows routed to it, and dropped.
+MLX's own products have no BLAS on Linux and take 20 times as long; on a GPU they are MLX's. Each expert is read, used
+on the rows that are routed to it, and dropped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which mlx_lm this package fits. The seams it uses have moved between mlx_lm's minor versions before.
-
-Telling whether code of mlx_lm's is still the code that something here stands in for.
-"""
+"""The mlx_lm versions that this package fits, and digests that tell whether mlx_lm's code is still the known code."""
 
 from __future__ import annotations
 
@@ -36,8 +33,15 @@ def check(installed: str | None = None) -> None:
 
 @cache
 def digest(kind: Any, uses: tuple[str, ...]) -> str:
-    """Of the text of a class's `__call__` and of what its module has by the names `uses`, without white space; "" if
-    one is not there."""
+    """A digest of code: of a class's `__call__` and of the functions `uses` of its module, without white space.
+
+    Args:
+        kind: a class.
+        uses: names of functions in the class's module, methods as "Class.method".
+
+    Returns:
+        12 hex digits; "" if one of them is not there.
+    """
     source = inspect.getsource(sys.modules[kind.__module__])
     lines, wanted = source.splitlines(), {f"{kind.__qualname__}.__call__", *uses}
     texts = {}

@@ -1,0 +1,1 @@
+"""Measured quality: models and KV schemes against a reference, checkpoints against their source."""

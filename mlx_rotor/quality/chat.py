@@ -1,6 +1,6 @@
-"""Synthetic chats the bundled model is trained on and checked with: a code recalled, a tool called.
+"""Synthetic chats: a code recalled, a tool called. The bundled model was trained on them, and evaluations score them.
 
-Chats answered and tools called: real greedy generation, scored on what the user or the tool would receive.
+Replies are generated greedily and scored on what the user or the tool would receive.
 """
 
 from __future__ import annotations

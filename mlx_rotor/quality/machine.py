@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, versions, date."""
+"""The facts that a measurement is stored with: machine, versions, date."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Means, proportions and their standard errors. Numbers only: no model, no text.
-
-How far a configuration's next-token distributions are from the reference's: KL divergence, top-1 agreement.
-
-Perplexity and its change against a reference, with standard errors between windows.
-"""
+"""Perplexity, KL divergence, top-1 agreement and rates, each with its standard error."""
 
 from __future__ import annotations
 

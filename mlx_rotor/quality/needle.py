@@ -1,8 +1,6 @@
-"""Needle in a haystack: a code hidden at a known depth of filler text, asked for at the end.
+"""Needle in a haystack: a code hidden at a known depth of filler text, asked for at the end of the prompt.
 
-Knows text and tokens only: no model, no cache. The bundled model's trainer draws its tasks from here too.
-
-Whether a model, through its KV cache, says the code a needle prompt asks for.
+The bundled model's trainer draws its tasks from here too.
 """
 
 from __future__ import annotations
@@ -90,10 +88,10 @@ def found(model: Any, cache: Cache, trial: Needle, chunk: int) -> bool:
     answer is read from. The right token is fed each time: as long as all were right that *is* greedy decoding, and
     the first wrong one ends the trial.
     """
-    said = prefill(model, cache, trial.prompt, chunk)
+    chosen = prefill(model, cache, trial.prompt, chunk)
     for i, token in enumerate(trial.answer):
-        if said != token:
+        if chosen != token:
             return False
         if i + 1 < len(trial.answer):
-            said = step(model, cache, token)
+            chosen = step(model, cache, token)
     return True

@@ -1,14 +1,15 @@
-"""A comparison as a drawing: KL divergence against stored bits an element, one line a codec family. SVG text only."""
+"""Drawings of KL divergence as SVG: `svg` draws series in panels, and `quality` a comparison of KV schemes with it."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RotorError
+from .metrics import Estimate
 from .report import ComparisonRow, Report
 
 FAMILIES = ("trellis", "turbo", "isofull", "iso", "planar", "rotor", "fp8", "affine")
@@ -20,14 +21,31 @@ SETTINGS: Any = {"svg.hashsalt": "mlx_rotor", "svg.fonttype": "none", "font.fami
 
 
 @dataclass(frozen=True)
+class Series:
+    """Marks (x, KL divergence, name) of one colour: joined by a line, or hollow. A name that isn't empty is written."""
+
+    label: str
+    colour: str
+    marker: str
+    marks: Sequence[tuple[float, Estimate, str]]
+    joined: bool
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x_label: str
+    series: Sequence[Series]
+
+
+@dataclass(frozen=True)
 class Point:
-    """A compressed row. `mixed`: K and V have different codecs, or layers were calibrated."""
+    """Marks (x, KL divergence, name) of one colour: joined by a line, or hollow. A name that is not "" is written."""
 
     name: str
     family: str
     bits: float
-    kl: float
-    se: float | None
+    kl: Estimate
     mixed: bool
 
 
@@ -39,6 +57,59 @@ def available() -> None:
         raise RotorError('--plot needs matplotlib: pip install "mlx_rotor[plots]", or pip install matplotlib') from e
 
 
+def svg(
+    panels: Sequence[Panel], y_label: str, *, width: float = 8, margin: float = 0.1, names: int = 6, columns: int = 2
+) -> str:
+    """Panels side by side over one logarithmic axis of KL divergence, with bars of one standard error, as SVG text.
+
+    Args:
+        width: of the figure, in inches.
+        margin: around the marks, as a share of the axis.
+        names: font size of the marks' names.
+        columns: of the legend.
+
+    Raises:
+        RotorError: matplotlib is missing.
+    """
+    available()
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(width, 5), layout="constrained")
+        FigureCanvasSVG(figure)
+        every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axes, panel in zip(every, panels, strict=True):
+            for series in panel.series:
+                _draw(axes, series, names)
+            axes.set_yscale("log")
+            axes.margins(x=margin)
+            axes.set_xlabel(panel.x_label)
+            axes.set_title(panel.title)
+            axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
+        every[0].set_ylabel(y_label)
+        every[-1].legend(fontsize=8, ncols=columns)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def _draw(axes: Any, series: Series, names: int) -> None:
+    x, y = [x for x, _, _ in series.marks], [kl.value for _, kl, _ in series.marks]
+    # A bar to 0 can't be drawn on a logarithmic axis.
+    low = [min(kl.se or 0.0, 0.9 * kl.value) for _, kl, _ in series.marks]
+    error = [low, [kl.se or 0.0 for _, kl, _ in series.marks]]
+    style: dict[str, Any] = {"linewidth": 1.2} if series.joined else {"mfc": "white", "linestyle": "none"}
+    at = {"color": series.colour, "marker": series.marker, "label": series.label}
+    axes.errorbar(x, y, yerr=error, **at, capsize=2, markersize=5, **style)
+    for bits, kl, name in series.marks:
+        if name:
+            axes.annotate(
+                name, (bits, kl.value), (4, 4), textcoords="offset points", fontsize=names, color=series.colour
+            )
+
+
 def points(rows: Sequence[ComparisonRow]) -> list[Point]:
     """The rows that packed something and have a divergence a logarithmic axis can show, by family and bits."""
     found = []
@@ -47,9 +118,9 @@ def points(rows: Sequence[ComparisonRow]) -> list[Point]:
             continue
         families = {_family(side) for layer in row.footprint.codecs for side in layer.split("/")}
         family = families.pop() if len(families) == 1 else "other"
-        kl, name = row.divergence.mean, row.kv.removesuffix(".json").rpartition("/")[2]
+        name = row.kv.removesuffix(".json").rpartition("/")[2]
         mixed = not re.fullmatch(r"[a-z]+\d+(:.*)?", row.kv)
-        found.append(Point(name, family, row.footprint.bits, kl.value, kl.se, mixed))
+        found.append(Point(name, family, row.footprint.bits, row.divergence.mean, mixed))
     return sorted(found, key=lambda p: (_place(p.family), p.bits, p.name))
 
 
@@ -64,7 +135,10 @@ def _place(family: str) -> int:
 
 
 def quality(report: Report) -> str:
-    """The drawing, SVG. Only rows of the reference's own weights are in it: others lose to quantization, too.
+    """KL divergence against stored bits an element, a line a codec family, as SVG.
+
+    Only rows of the reference's own weights are drawn: others lose to quantized weights, too. Rows of one codec are
+    joined by a line and known by their bits; mixed ones are hollow marks with their names.
 
     Raises:
         RotorError: no matplotlib, or no compressed row to draw.
@@ -75,49 +149,18 @@ def quality(report: Report) -> str:
         raise RotorError(
             "--plot: no row of the reference model has compressed KV and a divergence above 0; add one with --kv"
         )
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set_yscale("log")
-        axes.margins(x=0.1)
-        for family in dict.fromkeys(p.family for p in drawn):
-            _draw_family(axes, [p for p in drawn if p.family == family], family)
-        axes.set_xlabel("stored bits an element, scales and means included, mean over layers")
-        axes.set_ylabel("KL(exact KV ‖ row), nats a token, ± one standard error")
-        axes.set_title(
-            f"{report.conditions.reference}: {report.conditions.windows} windows of {report.conditions.window} tokens"
-        )
-        axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
-        axes.legend(fontsize=8, ncols=2)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+    series = []
+    for family in dict.fromkeys(p.family for p in drawn):
+        for mixed in (False, True):
+            marks = [(p.bits, p.kl, p.name if mixed else "") for p in drawn if (p.family, p.mixed) == (family, mixed)]
+            if marks:
+                series.append(Series(f"{family}, mixed" if mixed else family, *_style(family), marks, not mixed))
+    c = report.conditions
+    title = f"{c.reference}: {c.windows} windows of {c.window} tokens"
+    panel = Panel(title, "stored bits an element, scales and means included, mean over layers", series)
+    return svg([panel], "KL(exact KV ‖ row), nats a token, ± one standard error")
 
 
 def _style(family: str) -> tuple[str, str]:
     at = _place(family)
     return (COLOURS[at], MARKERS[at]) if at < len(FAMILIES) else OTHER
-
-
-def _draw_family(axes: Any, family_points: Sequence[Point], family: str) -> None:
-    """Symmetric schemes joined by a line, mixed ones as hollow marks with their names."""
-    colour, marker = _style(family)
-    for mixed in (False, True):
-        part = [p for p in family_points if p.mixed == mixed]
-        if not part:
-            continue
-        style: Mapping[str, Any] = {"mfc": "white", "linestyle": "none"} if mixed else {"linewidth": 1.2}
-        label = f"{family}, mixed" if mixed else family
-        x, y = [p.bits for p in part], [p.kl for p in part]
-        # A bar to 0 can't be drawn on a logarithmic axis.
-        low = [min(p.se or 0.0, 0.9 * p.kl) for p in part]
-        error = [low, [p.se or 0.0 for p in part]]
-        axes.errorbar(x, y, yerr=error, color=colour, marker=marker, label=label, capsize=2, markersize=5, **style)
-        # Points of a line are known by it and by their bits; their names would cover each other.
-        for p in part if mixed else ():
-            axes.annotate(p.name, (p.bits, p.kl), (4, 4), textcoords="offset points", fontsize=6, color=colour)

@@ -1,7 +1,7 @@
-"""Finished rows of a comparison in a JSON file, so that one that was interrupted goes on where it stopped.
+"""A comparison's finished rows in a JSON file, so that an interrupted comparison goes on where it stopped.
 
-The file is `Report.to_dict()`, written whole after every row. Its rows are used again where all they rest on is the
-same; of the package itself that is the version, so a file is to be deleted when code has been changed.
+The file is `Report.to_dict()`, written whole after every row. A row is used again where its conditions are the same; of
+the package itself only the version is compared, so the file has to be deleted after changes to the code.
 """
 
 from __future__ import annotations

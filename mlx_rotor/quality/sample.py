@@ -1,9 +1,4 @@
-"""How much is evaluated: presets, and the checks every setting must pass.
-
-The texts quality is measured on, by domain: code and prose that come with the package, and the user's own.
-
-The fixed sample: windows of text, needles and chats, the same tokens for every configuration compared.
-"""
+"""The sample that configurations are compared on: its size, its texts, and the windows, needles and chats from them."""
 
 from __future__ import annotations
 

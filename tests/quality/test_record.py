@@ -1,9 +1,12 @@
 """A comparison that is interrupted goes on from its file, and only where the file is about the same."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from mlx_rotor.bundled import held_out_text
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quality import compare as module
 from mlx_rotor.quality import record
@@ -13,6 +16,7 @@ from mlx_rotor.quality.sample import Size
 SIZE = Size(windows=2, window=160, needles=1, lengths=(160,), depths=(0.1,), chats=0, greedy=0)
 KEPT = {"sinks": 0, "ring": 32, "protect_layers": 0}
 SCHEMES = ("exact", "turbo2", "turbo4")
+TEXT = held_out_text()[:6000]
 
 
 class Stop(Exception):
@@ -39,18 +43,23 @@ def counted(monkeypatch):
     return ran
 
 
-def measure(folder, file, schemes=SCHEMES, size=SIZE, **more):
-    return compare([f"m={folder}"], schemes, size=size, protection=KEPT, file=file, **more)
+def measure(folder, file, schemes=SCHEMES, size=SIZE, text=TEXT, protection=KEPT, **more):
+    return compare([f"m={folder}"], schemes, size=size, protection=protection, file=file, text=text, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, tmp_path_factory):
+    """(report, its file) of all three schemes."""
+    file = tmp_path_factory.mktemp("whole") / "table.json"
+    return measure(checkpoints["a"], file), file
 
 
 def figures(report):
     return [(r.label, r.kv, r.perplexity, r.change, r.divergence, r.needles, r.footprint) for r in report.rows]
 
 
-def test_an_interrupted_table_goes_on(checkpoints, tmp_path, counted):
-    file = tmp_path / "table.json"
-    whole = measure(checkpoints["a"], None)
-    counted.clear()
+def test_an_interrupted_table_goes_on(checkpoints, tmp_path, counted, whole):
+    file, (whole, _) = tmp_path / "table.json", whole
     counted.stop = "turbo4"
     with pytest.raises(Stop):
         measure(checkpoints["a"], file)
@@ -69,7 +78,7 @@ def test_an_interrupted_table_goes_on(checkpoints, tmp_path, counted):
 
 def test_reading_gives_what_was_written(checkpoints, tmp_path):
     file = tmp_path / "table.json"
-    report = compare([f"m={checkpoints['a']}"], SCHEMES, size=SIZE.with_(greedy=1), protection=KEPT, file=file)
+    report = measure(checkpoints["a"], file, SCHEMES[:2], SIZE.with_(greedy=1))
     read = record.read(file)
     assert read.rows == report.rows and read.conditions == report.conditions
     assert read.rows[1].greedy is not None
@@ -77,17 +86,15 @@ def test_reading_gives_what_was_written(checkpoints, tmp_path):
     assert again[:-1] == report.markdown().splitlines()[:-1], "all but the line with the seconds"
 
 
-def test_rows_that_are_not_asked_for_stay(checkpoints, tmp_path, counted):
-    file = tmp_path / "table.json"
-    measure(checkpoints["a"], file, ("exact", "turbo2"))
-    report = measure(checkpoints["a"], file, ("turbo4",))
-    assert [r.kv for r in report.rows] == ["turbo4"]
-    assert [r["kv"] for r in json.loads(file.read_text())["rows"]] == ["turbo4", "exact", "turbo2"]
+def test_rows_that_are_not_asked_for_stay(checkpoints, tmp_path, whole):
+    file = Path(shutil.copy(whole[1], tmp_path))
+    report = measure(checkpoints["a"], file, ("turbo3",))
+    assert [r.kv for r in report.rows] == ["turbo3"]
+    assert [r["kv"] for r in json.loads(file.read_text())["rows"]] == ["turbo3", *SCHEMES]
 
 
-def test_another_basis_is_refused(checkpoints, tmp_path):
-    file = tmp_path / "table.json"
-    measure(checkpoints["a"], file, ("turbo2",))
+def test_other_conditions_are_refused(checkpoints, tmp_path, whole):
+    file = Path(shutil.copy(whole[1], tmp_path))
     before = file.read_text()
     with pytest.raises(RotorError, match=r"rows measured with another windows \(2, now 3\)"):
         measure(checkpoints["a"], file, size=SIZE.with_(windows=3))
@@ -96,7 +103,7 @@ def test_another_basis_is_refused(checkpoints, tmp_path):
     with pytest.raises(RotorError, match="another reference path"):
         measure(checkpoints["b"], file)
     with pytest.raises(RotorError, match="another protection"):
-        compare([f"m={checkpoints['a']}"], ("turbo2",), size=SIZE, file=file)
+        measure(checkpoints["a"], file, ("turbo2",), protection=None)
     data = json.loads(before)
     data["machine"]["mlx"] = "0.0.1"
     file.write_text(json.dumps(data))
@@ -105,16 +112,14 @@ def test_another_basis_is_refused(checkpoints, tmp_path):
 
 
 def test_a_changed_model_is_measured_again(checkpoints, tmp_path, counted):
-    import shutil
-
     file, folder = tmp_path / "table.json", tmp_path / "model"
     shutil.copytree(checkpoints["a"], folder)
-    compare([f"m={folder}"], ("turbo2",), against=str(checkpoints["b"]), size=SIZE, file=file)
+    measure(folder, file, ("turbo2",), against=str(checkpoints["b"]))
     counted.clear()
-    compare([f"m={folder}"], ("turbo2",), against=str(checkpoints["b"]), size=SIZE, file=file)
+    measure(folder, file, ("turbo2",), against=str(checkpoints["b"]))
     assert counted == []
     shutil.copy(checkpoints["b"] / "model.safetensors", folder)
-    compare([f"m={folder}"], ("turbo2",), against=str(checkpoints["b"]), size=SIZE, file=file)
+    measure(folder, file, ("turbo2",), against=str(checkpoints["b"]))
     assert counted == ["exact", "turbo2"]
 
 
