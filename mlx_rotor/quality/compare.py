@@ -132,7 +132,7 @@ class _Job:
         return [self.first, *(t for t in self.targets if t.path != self.first.path and self.schemes_of(t))]
 
     def schemes_of(self, target: NamedModel) -> list[str]:
-        """The schemes to measure, exact first as it may be the reference; none for a reference that is no row itself."""
+        """The schemes to measure, exact first as it may be the reference; none for a reference that is no row."""
         if target.path not in {t.path for t in self.targets}:
             return []
         return sorted((s for s in self.schemes if (target.where, s) not in self.rows), key=lambda s: s != EXACT)
