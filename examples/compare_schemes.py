@@ -5,13 +5,13 @@ python examples/compare_schemes.py exact turbo4 turbo4v2 turbo2
 
 import sys
 
-from mlx_rotor.quality.compare import compare
+import mlx_rotor
 from mlx_rotor.quality.sample import Size
 
 
 def main(schemes: list[str]) -> None:
     size = Size(windows=3, window=320, needles=2, lengths=(320,), depths=(0.1, 0.5), chats=0)
-    report = compare(kv=schemes, size=size, progress=True)
+    report = mlx_rotor.evaluate(kv=schemes, size=size, progress=True)
     for row in report.rows:
         kl = "reference" if row.divergence is None else f"{row.divergence.mean.value:.5f}"
         found = sum(t.right for t in row.needles.values())

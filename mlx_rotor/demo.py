@@ -1,5 +1,4 @@
-"""`python -m mlx_rotor.demo`: the main job on the bundled model. Quantize it, generate through a compressed KV cache,
-and show what was saved and what it cost."""
+"""`python -m mlx_rotor.demo`: quantize the bundled model, run it through a compressed KV cache, show the cost."""
 
 from __future__ import annotations
 
@@ -25,7 +24,11 @@ MIN_PROMPT, MAX_PROMPT = 200, 6000
 
 
 def _parser() -> Parser:
-    p = Parser(prog="mlx_rotor demo", description=__doc__.split(": ", 1)[1])
+    p = Parser(
+        prog="mlx_rotor demo",
+        description="The main job on the bundled model: quantize it, generate through a compressed KV cache,"
+        " and show what was saved and what it cost.",
+    )
     p.add_argument("--policy", default="config-i", help="weight policy (config-i)")
     p.add_argument("--kv", default=DEFAULT, metavar="SCHEME", help=f"KV scheme ({DEFAULT})")
     p.add_argument("--prompt-tokens", type=int, default=1500, help="length of the prompt (1500)")

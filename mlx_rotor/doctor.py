@@ -1,4 +1,4 @@
-"""`python -m mlx_rotor.doctor`: versions, device, backends and why; with --kernels, every kernel checked and timed."""
+"""`python -m mlx_rotor.doctor`: show versions, device and backends; with --kernels, check and time every kernel."""
 
 from __future__ import annotations
 

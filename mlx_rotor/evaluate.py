@@ -1,4 +1,4 @@
-"""`python -m mlx_rotor.evaluate`: what compression cost, one row a configuration (model × KV scheme)."""
+"""`python -m mlx_rotor.evaluate`: measure what compression cost, one row a model and KV scheme."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parser() -> Parser:
     p.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: held-out text of the bundled model)")
     p.add_argument("--thorough", action="store_true", help="a larger sample, and needles up to 2048 tokens deep")
     p.add_argument("--windows", type=int, metavar="N", help="windows of text for perplexity and divergence")
-    p.add_argument("--window", type=int, metavar="TOKENS", help="tokens in a window; well over sinks + ring")
+    p.add_argument("--window", type=int, metavar="TOKENS", help="tokens in a window; well over sink tokens + ring")
     p.add_argument(
         "--chunk", type=int, metavar="TOKENS", help="tokens fed at a time, so that later ones meet packed ones"
     )

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+import mlx_rotor
 from mlx_rotor import benchmark, codec
-from mlx_rotor.bench import expert_overhead, fits
+from mlx_rotor.bench import cache_overhead, codecs, expert_overhead, fits
 from mlx_rotor.cli.command import run
 
 
-def test_codecs_as_a_table(capsys):
+def test_codecs_as_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(codecs, "measure_biased_keys", partial(codecs.measure_biased_keys, tokens=256))
     assert run(benchmark.main, ["codecs", "--vectors", "64"]) == 0
     out = capsys.readouterr().out
     for name in codec.names():
@@ -30,7 +32,12 @@ def test_codecs_as_json(capsys):
     assert list(data["left_out"]) == ["affine4"] and "mlx" in data["machine"]
 
 
-def test_cache(capsys):
+def test_cache(capsys, monkeypatch, small):
+    model = mlx_rotor.load(small)
+    monkeypatch.setattr(mlx_rotor.host, "load", lambda: model)
+    monkeypatch.setattr(
+        cache_overhead, "measure_cache_overhead", partial(cache_overhead.measure_cache_overhead, cycles=2)
+    )
     arguments = ["cache", "--schemes", "exact,turbo4v2", "--tokens", "192", "--prompts", "128", "--chunk", "64"]
     assert run(benchmark.main, arguments) == 0
     out = capsys.readouterr().out

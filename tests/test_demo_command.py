@@ -16,14 +16,15 @@ def call(*argv):
     return command.run(demo.main, [str(a) for a in argv])
 
 
-def test_it_quantizes_generates_and_keeps_what_was_asked(tmp_path, capsys):
+def test_it_quantizes_generates_and_keeps_what_was_asked(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "MODEL", small)
     assert call(*SHORT, "--out", tmp_path / "q", "--json", "--policy", "uniform-4bit", "--kv", "turbo3") == 0
     got = json.loads(capsys.readouterr().out)
     exact, packed = got["runs"]
     assert (exact["kv_scheme"], packed["kv_scheme"]) == ("exact", "turbo3")
-    assert packed["kv_bytes"] < exact["kv_bytes"] and packed["layers_compressed"] == 8
+    assert packed["kv_bytes"] < exact["kv_bytes"] and packed["layers_compressed"] == 2
     assert exact["prompt_tokens"] == packed["prompt_tokens"] == 300
-    assert got["bytes"] < 0.6 * got["source_bytes"] and got["evaluate"] is None
+    assert got["bytes"] < got["source_bytes"] and got["evaluate"] is None
     model, tokenizer = load(str(tmp_path / "q"))
     assert generate(model, tokenizer, "import os\n", max_tokens=4)
 
@@ -38,7 +39,7 @@ def test_people_see_the_three_parts(capsys, monkeypatch):
     monkeypatch.setattr(
         "mlx_rotor.quality.compare.compare", lambda models, kv, **_: evaluated.append((models, kv)) or Report()
     )
-    assert call("--prompt-tokens", "300", "--max-tokens", "2") == 0
+    assert call("--prompt-tokens", "200", "--max-tokens", "2") == 0
     out = capsys.readouterr().out
     for part in ("1. Quantize", "11.63 MB -> 8.21 MB", "2. Generate", "K trellis3", "3. What it cost", "the table"):
         assert part in out, part

@@ -136,3 +136,25 @@ def test_a_model_is_one_file(tmp_path, checkpoint):
     host = repr(str(ROOT / "tests" / "host"))
     report = run_in(folder, ATTACHED.replace("TESTS_HOST", host), MLX_ROTOR_BACKEND="reference")
     assert report.startswith("2 layers fused (2-bit/4-bit/3-bit affine") and "router" not in report
+
+
+COMMAND = '''
+"""`python -m mlx_rotor.greet`: print a greeting."""
+
+from .cli.arguments import Parser
+
+
+def main(argv=None):
+    parser = Parser(prog="mlx_rotor greet")
+    parser.add_argument("--loudly", action="store_true")
+    print("HELLO" if parser.parse_args(argv).loudly else "hello")
+'''
+
+
+def test_a_command_is_one_file(tmp_path):
+    folder = scratch(tmp_path)
+    (folder / "mlx_rotor" / "greet.py").write_text(COMMAND)
+    run = "import mlx_rotor.__main__ as m\nfor argv in {}:\n  try: m.main(argv)\n  except SystemExit: pass"
+    printed = run_in(folder, run.format([["help"], ["greet", "--loudly"], ["help", "greet"]]))
+    assert "\n  greet         print a greeting\n" in printed and "\nHELLO\n" in printed
+    assert "usage: mlx_rotor greet [-h] [--loudly]" in printed

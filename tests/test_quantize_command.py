@@ -13,6 +13,7 @@ import pytest
 
 from mlx_rotor.bundled import MODEL
 from mlx_rotor.cli import command
+from mlx_rotor.cli.quantize_output import Bars
 from mlx_rotor.quant.job import journal, stream
 
 quantize = importlib.import_module("mlx_rotor.quantize")  # the command; the package has a function of that name
@@ -96,21 +97,20 @@ def test_json_prints_events_and_the_result_last(tmp_path, capfd):
     assert facts["budget"] is None and facts["calibration"] is None and facts["evaluation"] is None
 
 
-def test_a_policy_file_of_ones_own(tmp_path, capsys):
+def test_a_policy_file_of_ones_own(small, tmp_path, capsys):
     mine = tmp_path / "mine.toml"
     mine.write_text('[[rule]]\nroles = ["expert.*"]\nbits = 5\n[[rule]]\nroles = ["*"]\nkeep = true\n')
-    assert run("--out", tmp_path / "out", "--policy", mine, "--fit", "fast", "--json") == 0
+    flags = ("--model", small, "--policy", mine, "--fit", "fast")
+    assert run("--out", tmp_path / "out", *flags, "--json") == 0
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert section == {"group_size": 64, "bits": 5, "mode": "affine"}
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["policy"] == "mine"
 
 
-def test_module_and_console_command_reach_it(m27):
+def test_module_and_console_command_reach_it():
     for entry in (["-m", "mlx_rotor.quantize"], ["-m", "mlx_rotor", "quantize"]):
-        done = subprocess.run(
-            [sys.executable, *entry, "--model", str(m27), "--dry-run"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and "92.871 GB" in done.stdout, done.stderr
+        done = subprocess.run([sys.executable, *entry, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "usage: mlx_rotor quantize " in done.stdout, done.stderr
 
 
 # Bad input: what is done to a copy of the bundled model, the options, and the error.
@@ -226,28 +226,27 @@ def test_a_disk_that_is_too_small_is_known_at_once(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_keeps_what_is_finished_and_leaves_no_traceback(tmp_path, capsys):
+def test_ctrl_c_keeps_what_is_finished_and_leaves_no_traceback(small, tmp_path, capsys, monkeypatch):
     out = tmp_path / "deep" / "out"
+    flags = ["--model", small, "--shard-size", "100KB"]
+    told = Bars.event
+
+    def interrupted(bars, event):
+        told(bars, event)
+        if event.units_done == 8:
+            signal.raise_signal(signal.SIGINT)
+
     # A shell may start background jobs with SIGINT ignored; a terminal never does.
-    start = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from mlx_rotor import command, quantize; sys.exit(command.run(quantize.main))"
-    )
-    flags = ["--shard-size", "1MB", "--fit", "search"]
-    job = subprocess.Popen(
-        [sys.executable, "-c", start, "--out", out, "--json", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in job.stdout:
-        if json.loads(line).get("units_done") == 20:
-            break
-    job.send_signal(signal.SIGINT)
-    lines, error = job.communicate(timeout=60)
-    assert job.returncode == 130 and error.strip() == "interrupted"
-    last = json.loads(lines.splitlines()[-1])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Bars, "event", interrupted)
+            assert run("--out", out, *flags, "--json", "--workers", 1) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    printed = capsys.readouterr()
+    assert printed.err.strip() == "interrupted"
+    last = json.loads(printed.out.splitlines()[-1])
     assert last["event"] == "note" and "give the same command with --resume to go on" in last["text"]
     assert not (out / "config.json").exists()
     assert run("--out", out, *flags) == 1

@@ -97,8 +97,9 @@ def test_the_room_of_a_mac(capsys):
     size = float(re.search(r"^output  ([\d.]+) GB", wide, re.M)[1])
     room = float(wide.split()[0])
     assert 0.995 * room < size <= room + 0.005, "printed to 0.01"
-    assert run("--model", M27, "--dry-run", "--memory", "128GB", "--wired-limit", "120GB", "--kv", "exact") == 0
-    assert "the GPU may have 120.00 GB of 128 GiB, less 8.32 GB of KV cache at 32,768 tokens" in capsys.readouterr().out
+    flags = ["--model", str(M27), "--memory", "128GB", "--wired-limit", "120GB", "--kv", "exact"]
+    _, found = quantize_flags.recipe(quantize.parser().parse_args(flags))
+    assert "the GPU may have 120.00 GB of 128 GiB, less 8.32 GB of KV cache at 32,768 tokens" in found.text()
 
 
 def test_a_mac_that_is_too_small_is_told_what_would_do(capsys):
@@ -207,7 +208,7 @@ def test_an_imatrix(small, tmp_path, capsys):
 def test_what_is_folded(small, tmp_path, text):
     def folds(*given):
         args = quantize.parser().parse_args(["--calibration", *given])
-        return quantize_flags.recipe(args)[0].folds
+        return quantize_flags.recipe(args)[0].scale_folding
 
     assert folds() == folds("--fold", "none") == () and folds("--fold", "norms") == ("norms",)
     assert folds("--fold", "all") == folds("--fold", "norms,downs") == ("norms", "downs")

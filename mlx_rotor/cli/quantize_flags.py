@@ -13,7 +13,7 @@ from ..errors import RotorError
 from ..fit import FITS
 from ..memory.sizes import parse_size, ram_size, token_count
 from ..quant import policy as policies
-from ..quant.spec import BUNDLED, FOLDS
+from ..quant.spec import BUNDLED, FOLDINGS
 from .arguments import Parser, parsed, positive
 
 if TYPE_CHECKING:
@@ -100,7 +100,11 @@ def parser() -> Parser:
         "--imatrix", type=Path, metavar="FILE", help="llama.cpp's importance matrix (GGUF), for --calibration"
     )
     fit.add_argument(
-        "--fold", type=_folds, default=(), metavar="WHAT", help=f"even out inputs, exactly: {', '.join(FOLDS)} (none)"
+        "--fold",
+        type=_folds,
+        default=(),
+        metavar="WHAT",
+        help=f"even out inputs, exactly: {', '.join(FOLDINGS)} (none)",
     )
     fit.add_argument(
         "--rescale-overflows", action="store_true", help="rescale, exactly, experts whose inputs overflow float16"
@@ -206,7 +210,7 @@ def recipe(args: argparse.Namespace) -> tuple[Recipe, Room | None]:
         sequences=args.calibration_sequences,
         length=args.calibration_length,
         imatrix=args.imatrix,
-        folds=() if args.fold == ("none",) else args.fold,
+        scale_folding=() if args.fold == ("none",) else args.fold,
         rescale=args.rescale_overflows,
         **({} if args.shard_size is None else {"shard_bytes": args.shard_size}),
     )
@@ -220,7 +224,7 @@ def _fit(text: str) -> str:
 
 
 def _folds(text: str) -> tuple[str, ...]:
-    names = FOLDS if text == "all" else tuple(text.split(","))
-    if unknown := sorted(set(names) - {*FOLDS, "none"}):
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(FOLDS)}, all, none")
+    names = FOLDINGS if text == "all" else tuple(text.split(","))
+    if unknown := sorted(set(names) - {*FOLDINGS, "none"}):
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(FOLDINGS)}, all, none")
     return names

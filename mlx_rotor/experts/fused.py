@@ -1,8 +1,8 @@
-"""A layer's experts in two launches, for as many tokens as one decodes at once; the weighted sum is part of the second.
+"""A layer's experts in two launches, for as many tokens as are decoded at once; the weighted sum is part of the second.
 
-Where the sum is the model's own code, `ExpertOutput` finds out: a real, lazy array of what the experts computed, one
-after the other, whose product with a weight each and sum over the experts is the second launch with its weights. Any
-other use of it is an ordinary array operation: correct, only slower.
+A model's own code computes the weighted sum. `ExpertOutput` recognizes it: a real, lazy array of each expert's output
+that becomes the second launch, with weights, when it is multiplied by one weight an expert and summed over the experts.
+Any other use of it is an ordinary array operation, correct and slower.
 """
 
 from __future__ import annotations

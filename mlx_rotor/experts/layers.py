@@ -1,8 +1,7 @@
-"""What every layer with packed weights has: stored tensors, unset until a checkpoint fills them, and their check.
+"""Layers that hold weights in formats MLX does not have, in the place of mlx's and mlx_lm's own.
 
-Layers that hold weights in formats MLX does not have, in the place of mlx's and mlx_lm's own.
-
-They know mlx_lm's expert layers by how those are called, not by class.
+Their tensors are unset until a checkpoint fills them. Expert layers of mlx_lm are known by the arguments they are
+called with, not by class.
 """
 
 from __future__ import annotations

@@ -142,4 +142,5 @@ def _parts(c: Any) -> str:
         return type(c).__name__
     k, v = c.codecs
     window = "" if c.window is None else f", window {c.window}"
-    return f"K {k}, V {v}, {c.sinks} sinks, ring {c.ring}{window}{'' if c.body.centre else ', no means subtracted'}"
+    means = "" if c.body.centre else ", no means subtracted"
+    return f"K {k}, V {v}, {c.sinks} sink tokens, ring {c.ring}{window}{means}"

@@ -1,1 +1,1 @@
-"""What fits a Mac: the memory a GPU may use, and what a KV cache takes of it. Bytes before anything is allocated."""
+"""The memory that a Mac's GPU may use, and the bytes that a KV cache takes of it, before anything is allocated."""

@@ -1,4 +1,4 @@
-"""How many bytes of weights a Mac has room for beside a KV cache: what macOS lets its GPU have, less other needs.
+"""The bytes of weights that a Mac has room for beside a KV cache: what macOS lets its GPU have, less other needs.
 
 The limit is Metal's recommendedMaxWorkingSetSize. macOS gives two thirds of the RAM below 36 GiB and three quarters
 from there on: 10.7 of 16, 21.3 of 32, 27 of 36, 48 of 64, 96 of 128 GiB are what llama.cpp and MLX print on such

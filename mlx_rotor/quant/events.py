@@ -1,4 +1,4 @@
-"""What a job tells whoever watches it: events as they happen, one at a time, for a bar or for JSON lines."""
+"""Events of a job, told one at a time as they happen, for a progress bar or for JSON lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A weight to what is stored of it, in MLX's modes and our own formats; and what each fit loses on normal weights."""
+"""Fits a weight to a spec, in MLX's modes and our own formats; and the error of each fit on normal weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a job asks for beside the plan when it fits an entry: weights, and what is known of the inputs they meet.
-
-A plan's entries as the parameters of mlx_lm's model, read when they are needed.
-"""
+"""The guide of a job: the weights it fits, and what is known of the inputs that they meet."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from .plan import Entry, Plan
 
 
 class Weights(Protocol):
-    """Weights by entry, as a checkpoint holds them or folded."""
+    """Weights by entry, as a checkpoint holds them or after scale folding."""
 
     def read(self, entry: Entry, part: int = 0, start: int = 0, stop: int | None = None) -> mx.array:
         """Rows [start, stop) of one part (expert) of an entry, float32; see `Checkpoint.read`."""
@@ -77,7 +74,7 @@ class Unguided:
 
 
 class EntryParameters:
-    """See `host.layerwise.Parameters`."""
+    """A plan's entries as the parameters of mlx_lm's model, read when they are needed; see `layerwise.Parameters`."""
 
     def __init__(self, plan: Plan, weights: Weights) -> None:
         self._weights = weights

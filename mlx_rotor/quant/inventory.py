@@ -1,6 +1,6 @@
-"""Where a checkpoint keeps each parameter of the module tree: tensor names, and which rows of them.
+"""The parameters of a model, by its config.json and a checkpoint's names: role, shape and placement of each.
 
-What a model consists of, by its config.json and a checkpoint's names: each parameter's role, shape and placement.
+A placement says which tensors of the checkpoint hold a parameter, and which rows of them.
 """
 
 from __future__ import annotations

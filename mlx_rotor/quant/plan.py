@@ -1,4 +1,4 @@
-"""Every tensor of the output, with its spec, shape and bytes, before a weight is read."""
+"""The plan: every tensor of the output with its spec, shape and bytes, before a weight is read."""
 
 from __future__ import annotations
 
@@ -34,14 +34,21 @@ class Output:
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight of the model: for experts the stack of a layer's projection, read from one source an expert.
+    """One weight of the model. The experts of a layer are one entry a projection, read expert by expert.
 
-    `module`: its path in mlx_lm's module tree. `shape`: of the weight itself, experts first. `spec` None: kept.
-    `sources`: the checkpoint's tensors, one a part; parts that share a tensor repeat its name. `outputs`: packed
-    weight and what its mode has beside it; or the one kept tensor. `fit`: the policy's own, empty where it leaves
-    the choice to the job. `name`: of the parameter, empty if it is the module's weight. `kept`: safetensors dtype it
-    has unquantized. `layout`: how the parts lie in the sources, None if each is a tensor as it is. `stacked`: the
-    first dimension of `shape` counts the parts.
+    Attributes:
+        module: path in mlx_lm's module tree.
+        role: what the weight is for, a name of `selectors.ROLES`.
+        layer: None for embeddings, head and the like.
+        shape: of the weight itself, experts first.
+        spec: how it is stored; None keeps the source's precision.
+        sources: the checkpoint's tensors, one a part; parts that share a tensor repeat its name.
+        outputs: the packed weight and what its mode has beside it, or the one tensor that is kept.
+        fit: the policy's own; empty where the job decides.
+        name: of the parameter; empty where it is the module's weight.
+        kept: safetensors dtype of the unquantized weight.
+        layout: how the parts lie in the sources; None where each is a whole tensor.
+        stacked: whether the first dimension of `shape` counts the parts.
     """
 
     module: str
@@ -98,7 +105,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """Entries of one role with one spec: a line of the table people read. `layers`: as `0-1, 60-61`, or empty."""
+    """Entries of one role with one spec: a line of the table that is printed. `layers`: as `0-1, 60-61`, or empty."""
 
     role: str
     layers: str
@@ -111,8 +118,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Solved:
-    """What a plan's bits were solved for: a size of all weight files, headers included, by sensitivities of a source
-    with a sha256."""
+    """The size that a plan's bits were solved for, and by which sensitivities.
+
+    Attributes:
+        nbytes: of all weight files, headers included.
+        sensitivities: where they are from; sha256: of their content.
+    """
 
     nbytes: int
     sensitivities: str
@@ -121,10 +132,17 @@ class Solved:
 
 @dataclass(frozen=True)
 class Plan:
-    """`entries` in file order, layer by layer. `drop`: regular expressions of source tensors that nothing reads, with
-    at most `extra` layers after the last. `packable`: modules that mlx_lm has a quantized form of;
-    `packable_ours`: those of them that our own formats have one of. `solved`: None where the bits are the policy's
-    rules."""
+    """Every weight of the output, before anything runs.
+
+    Attributes:
+        policy: whose rules it follows.
+        layers: of the model.
+        entries: in file order, layer by layer.
+        drop: regular expressions of source tensors that nothing reads.
+        extra: how many layers after the last may be among those.
+        packable: modules that mlx_lm has a quantized form of; packable_ours: those that our own formats have one of.
+        solved: None where the bits follow from the policy's rules alone.
+    """
 
     policy: Policy
     layers: int

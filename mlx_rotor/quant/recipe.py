@@ -1,4 +1,4 @@
-"""How a checkpoint is made, in one value: policy, budget, fit and calibration.
+"""A recipe: all that decides a checkpoint's bits in one value, that is policy, budget, fit and calibration.
 
 A recipe resolves to a `Plan` before anything runs, and says what a job fits by; `job` carries the plan out.
 """
@@ -23,33 +23,41 @@ from .calibrate import Calibration, text
 from .calibrate.imatrix import Imatrix
 from .calibrate.measure import LENGTH, TOKENS
 from .folding import proof as fold_check
-from .folding.folds import feeding
-from .folding.search import Folding
+from .folding.scales import feeding
+from .folding.search import ScaleFolding
 from .guide import Guide
 from .job import GuideFactory
 from .plan import Plan, make_plan, read_config
 from .policy import Policy
 from .shards import SHARD_BYTES
 from .source import Checkpoint, Source, has_weights, is_repository, locate
-from .spec import BUNDLED, FOLDS, Budget
+from .spec import BUNDLED, FOLDINGS, Budget
 
-PROOF = 64  # tokens that folds are proved on
+PROOF = 64  # tokens that scale folding is proved on
 
 Progress = Callable[[str, int, int], None]  # what runs, steps done, steps in all
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint is made by.
+    """All that a checkpoint is made by.
 
     Attributes:
-        budget: what the bits are solved for; None: the policy's own, or its rules as they stand.
-        sensitivities: file with what each weight's bits are worth; measured and written if it isn't there and there is
-            a calibration text. None: the prior.
-        calibration: BUNDLED, or a text file; empty: none. `sequences` and `length` of it, None: by the model's size.
-        imatrix: llama.cpp's, in place of a calibration.
-        folds: of FOLDS: what is evened out before the fit, exactly.
+        policy: which weights get which spec.
+        fit: fast, search or best; a policy's rule may say otherwise.
+        budget: the size that bits are solved for; None: the policy's own, or its rules as they stand.
+        sensitivities: file with the cost of each weight's bits; measured and written if it isn't there and there is a
+            calibration text. None: the prior.
+        calibration: BUNDLED, or a text file; empty: none.
+        sequences, length: of the text: how many sequences, of how many tokens each; None: by the model's size.
+        imatrix: llama.cpp's importance matrix, in place of a calibration.
+        scale_folding: of FOLDINGS: whose inputs are evened out before the fit, exactly.
         rescale: bring experts whose intermediate values overflow float16 back into its range, exactly.
+        shard_bytes: of a weight file at most.
+
+    Example:
+        >>> recipe = Recipe(policy.load("rotor"), budget=Budget(bits_per_weight=3.5), calibration="bundled")
+        >>> recipe.plan(read_config(folder)).total()
     """
 
     policy: Policy
@@ -60,7 +68,7 @@ class Recipe:
     sequences: int | None = None
     length: int | None = None
     imatrix: Path | None = None
-    folds: tuple[str, ...] = ()
+    scale_folding: tuple[str, ...] = ()
     rescale: bool = False
     shard_bytes: int = SHARD_BYTES
 
@@ -77,11 +85,11 @@ class Recipe:
                 "--calibration-sequences and --calibration-length say how much a fit is calibrated on: give"
                 " --calibration, and --fit search or best"
             )
-        if unknown := sorted(set(self.folds) - set(FOLDS)):
-            raise RotorError(f"--fold {unknown[0]}: there is {', '.join(FOLDS)}")
-        if (self.folds or self.rescale) and self.fit == "fast":
+        if unknown := sorted(set(self.scale_folding) - set(FOLDINGS)):
+            raise RotorError(f"--fold {unknown[0]}: there is {', '.join(FOLDINGS)}")
+        if (self.scale_folding or self.rescale) and self.fit == "fast":
             raise RotorError("--fold and --rescale-overflows go by the inputs: use --fit search or best")
-        if self.folds and not guided:
+        if self.scale_folding and not guided:
             raise RotorError("--fold goes by the inputs' sizes: give --calibration or --imatrix")
         if self.rescale and not self.calibration:
             raise RotorError("--rescale-overflows goes by the largest inputs: give --calibration")
@@ -216,7 +224,7 @@ class Recipe:
     def guide(self, progress: Progress | None = None) -> GuideFactory | None:
         """What a job fits by; None where that is the weights alone.
 
-        What it returns raises RotorError: as `Calibration`, `Imatrix`, `Folding`, `fold_check.prove`.
+        What it returns raises RotorError: as `Calibration`, `Imatrix`, `ScaleFolding`, `fold_check.prove`.
         """
         if not self.guided:
             return None
@@ -228,10 +236,10 @@ class Recipe:
             folder = work / "calibration"
             guide = self._statistics(checkpoint, plan, config, folder, named)
             awq = plan.policy.awq  # a plan that is compared with has its own
-            if not (self.folds or self.rescale or awq):
+            if not (self.scale_folding or self.rescale or awq):
                 return guide
-            norms, downs, kind = "norms" in self.folds, "downs" in self.folds, str(config["model_type"])
-            folding = Folding(
+            norms, downs, kind = "norms" in self.scale_folding, "downs" in self.scale_folding, str(config["model_type"])
+            folding = ScaleFolding(
                 guide, plan, kind, self.fit, folder, norms=norms, downs=downs, rescale=self.rescale, awq=awq
             )
             tokens = calibrate.prepare(checkpoint.folder, config, None, 1, PROOF)

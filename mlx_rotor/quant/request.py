@@ -1,4 +1,4 @@
-"""What somebody asks `quantize` for, in the words of its flags, as a `Recipe`."""
+"""A `Recipe` from the words of `quantize`'s flags."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a weight tensor is for. A policy speaks of roles, never of tensor names.
+"""Roles and layers, by which policies select weights. A role is what a weight is for; tensor names never occur.
 
-Sets of layers as policies write them: ends that depend on how many layers there are, and what lies between.
+Sets of layers are written as follows.
 
 first N      layers 0 to N-1                        last N     the last N
 A..B         A to B, both counted in                A-B        the same, for numbers that are not negative
@@ -54,7 +54,7 @@ ROLES: dict[str, Role] = {
         Role("attn.kv_a", "projection to the latent that keys and values share"),
         Role("attn.kv_b", "projections from that latent to each head's keys and values"),
         Role("attn.index", "projections of the index that chooses what is attended to"),
-        Role("attn.sinks", "attention sink of each head", quantizable=False),
+        Role("attn.sinks", "attention-sink logit of each head", quantizable=False),
         Role("linear.in", "input projections of linear attention"),
         Role("linear.out", "output projection of linear attention"),
         Role("linear.state", "convolution, decay and step size of linear attention", quantizable=False),

@@ -1,4 +1,4 @@
-"""How a plan's entries are cut into weight files, and what those files take."""
+"""A plan's entries cut into weight files, and the bytes of those files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How one weight is stored, in config.json's words: mode, bits, group size, of MLX's modes and of our own formats.
+"""A spec: how one weight is stored, in config.json's words, in MLX's modes and our own formats. And a budget's size.
 
-What a budget asks for: bytes of all weight files together, or bits a weight, as flags and policies write it.
+A budget is bytes of all weight files together, or bits a weight, as flags and policies write it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sizes(mode: str) -> tuple[int, ...]:
 
 
 def bits_of(mode: str) -> tuple[int, ...]:
-    """What a mode's codes may have."""
+    """Bits that a mode's codes may have, of those a fit makes."""
     if mode in OURS:
         return formats.known(mode)[0]
     return (FIXED[mode][0],) if mode in FIXED else BITS
@@ -77,7 +77,7 @@ def one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
 
 
 BUNDLED = "bundled"  # the calibration text of this package
-FOLDS = ("norms", "downs")  # where scale folding can be done
+FOLDINGS = ("norms", "downs")  # where scale folding can be done
 TARGET_BITS = (1.0, 16.0)  # no plan is outside
 
 

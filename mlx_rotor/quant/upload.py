@@ -1,4 +1,4 @@
-"""A finished checkpoint to a Hugging Face repository, through huggingface_hub. Knows no HTTP."""
+"""A finished checkpoint to a Hugging Face repository, through huggingface_hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m mlx_rotor.server`: mlx_lm.server's flags and defaults, through compressed KV caches."""
+"""`python -m mlx_rotor.server`: serve OpenAI's API through compressed KV caches, with mlx_lm.server's flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far arrays of bits are apart, and how far they may be: NumPy alone."""
+"""Distance between arrays of bits, and the largest one that is allowed: NumPy alone."""
 
 from __future__ import annotations
 

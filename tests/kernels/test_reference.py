@@ -270,5 +270,7 @@ def test_what_no_attention_can_mean_is_refused():
         reference.attend(q, parts, AttentionArgs(scale=1.0, window=0))
     with pytest.raises(RotorError, match="unknown mask 'diagonal'"):
         reference.attend(q, parts, AttentionArgs(scale=1.0, mask="diagonal"))
+    with pytest.raises(RotorError, match=r"lengths are \[B, 3\]"):
+        AttentionArgs(scale=1.0, lengths=mx.zeros((2,), mx.int32))
     with pytest.raises(RotorError, match="4 segments"):
         reference.attend(q, parts, AttentionArgs(scale=1.0, lengths=mx.zeros((2, 3), mx.int32)))

@@ -1,4 +1,4 @@
-"""What a block of compiled code computes, by kind of operation (operations.py); what a run of it did.
+"""Operations of a block of compiled code, by kind (operations.py), and those of a whole launch.
 
 Counts are of lanes: an operation on a vector counts once a component, a 64-bit integer operation other than addition
 and multiplication twice. Free, as on the GPU: register moves, widths of integers, addresses of array elements.

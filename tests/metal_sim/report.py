@@ -1,4 +1,4 @@
-"""What a dispatch did: findings in words, traffic by buffer and by line of source."""
+"""The report of a dispatch: findings in words, traffic by buffer and by line of source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no Metal is refused before it runs, and what is Metal is not."""
+"""Text that is no Metal is refused before it runs, and Metal is accepted."""
 
 from __future__ import annotations
 

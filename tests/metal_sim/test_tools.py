@@ -1,4 +1,4 @@
-"""Which compilers are taken, and what is said where there is none."""
+"""The choice of compilers, and the error where there is none."""
 
 from __future__ import annotations
 

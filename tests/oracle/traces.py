@@ -1,4 +1,4 @@
-"""What a model computes on its way from tokens to logits, layer by layer, and how near two of them are."""
+"""Intermediate values of a model from tokens to logits, layer by layer, and the distance between two models."""
 
 from __future__ import annotations
 

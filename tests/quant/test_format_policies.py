@@ -10,7 +10,7 @@ from mlx_rotor.bundled import MODEL
 from mlx_rotor.errors import RotorError
 from mlx_rotor.experts import formats
 from mlx_rotor.quant.budget import report
-from mlx_rotor.quant.folding.folds import feeding
+from mlx_rotor.quant.folding.scales import feeding
 from mlx_rotor.quant.job import manifest
 from mlx_rotor.quant.plan import make_plan, read_config
 from mlx_rotor.quant.policy import Spec, load, parse

@@ -1,5 +1,5 @@
 """One option of each group, at the least total cost that fits a room: a multiple-choice knapsack for hundreds of groups
-with sizes of gigabytes. Numbers only: no plan, no weights.
+with sizes of gigabytes.
 
 The linear relaxation gives a price for a byte and a bound. At that price all but a few options of most groups are worse
 than any solution already known, so what is left is small enough to be solved exactly, or nearly so in coarser units.

@@ -1,4 +1,4 @@
-"""What a plan does with its bytes, and plans side by side: the table behind `quantize --dry-run --report`.
+"""Where a plan's bytes go, and plans side by side: the table of `quantize --dry-run --report`.
 
 Errors are those of Gaussian weights, so they are known before a weight is read; a job reports the real ones.
 """

@@ -1,6 +1,6 @@
-"""What it costs to store each weight of a model with each spec: measured on some text, or a prior that knows none.
+"""Sensitivities: what storing each weight with each spec costs, measured on some text or taken from a prior.
 
-Costs add up and less is better. Knows neither bytes nor targets; `budget` weighs one against the other.
+Costs add up, and less is better. `solver` weighs them against bytes.
 """
 
 from __future__ import annotations

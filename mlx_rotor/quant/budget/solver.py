@@ -1,6 +1,6 @@
 """Bits by budget: of all specs that the policy's floors allow, those of the least summed cost whose files fit a size.
 
-Knows what a weight costs from `sensitivity` and what it weighs from the plan; reads no weight.
+What a weight costs is of `sensitivity`, what it takes is of the plan. No weight is read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The source model run on some text, layer by layer, ahead of the job that quantizes it: what each input has seen.
+"""Runs the source model on some text, layer by layer ahead of the job, and sums up the inputs of every weight.
 
 The source's own outputs go from layer to layer, never a quantized layer's, so that statistics depend on the text
 alone. Hidden states lie on disk: a job that was killed goes on at its layer, with the same numbers.
@@ -29,7 +29,7 @@ from ..guide import EntryParameters, Statistics, Weights
 from ..plan import Entry, Plan
 from ..policy import FIXED
 from ..selectors import ROLES
-from .kept import Spool
+from .kept import HiddenFiles
 from .moments import Coverage, LayerStatistics, Mixture, Moments
 
 VERSION = 1
@@ -86,7 +86,7 @@ class Calibration:
                 " tokenizer another model's?"
             )
         self._kv = KvLargest(compressed_layers(self._walk.model, kv)) if kv else None
-        self._spool = Spool(self._folder)
+        self._hidden_files = HiddenFiles(self._folder)
         self.coverage: dict[str, Coverage] = {}
         self._restore()
 
@@ -127,12 +127,12 @@ class Calibration:
             RotorError: the source can't be read, or its activations are not finite.
             OSError: the folder can't be written.
         """
-        self._spool.drop_experts()
+        self._hidden_files.drop_experts()
         if number is None and not any(entry.role == "head" for entry in entries):
             return self._weights, None
         last = self._plan.layers if number is None else number
         self._reach(last)
-        self._spool.drop(last)
+        self._hidden_files.drop(last)
         if number is None:
             return self._weights, self._head(entries)
         return self._weights, self._gathered(number)
@@ -140,7 +140,7 @@ class Calibration:
     def hidden(self, number: int) -> np.ndarray:
         """float32 [sequences, length, ..]: what layer `number` takes, if it is that of the last call to `layer` or
         the one after it."""
-        return self._spool.read(number)
+        return self._hidden_files.read(number)
 
     @property
     def walk(self) -> Layerwise:
@@ -156,25 +156,25 @@ class Calibration:
     # ---------------------------------------------------------------- running
     def _reach(self, number: int) -> None:
         """Makes the input of layer `number`, from the nearest there is before it."""
-        at = self._spool.newest(number)
+        at = self._hidden_files.newest(number)
         if at is None:
             with self._walk.start() as run:
-                self._spool.write(0, len(self._tokens), self._run("embeddings", run, lambda: self._tokens))
+                self._hidden_files.write(0, len(self._tokens), self._run("embeddings", run, lambda: self._tokens))
             at = 0
         for layer in range(at, number):
             with self._walk.layer(layer, see=None if self._kv is None else self._kv.of(layer)) as run:
                 self._pass(layer, run)
-            self._spool.drop(layer)
+            self._hidden_files.drop(layer)
 
     def _pass(self, number: int, run: Layer) -> None:
         """A layer over all sequences. Its output may be there already, when a job went on or asks again: it is what
         would be written."""
-        out = self._run(f"layer {number}", run, lambda: self._spool.read(number))
-        if self._spool.path(number + 1).exists():
+        out = self._run(f"layer {number}", run, lambda: self._hidden_files.read(number))
+        if self._hidden_files.path(number + 1).exists():
             for _ in out:
                 pass
         else:
-            self._spool.write(number + 1, len(self._tokens), out)
+            self._hidden_files.write(number + 1, len(self._tokens), out)
 
     def _run(
         self, what: str, run: Callable[[mx.array], mx.array], inputs: Callable[[], np.ndarray]
@@ -199,7 +199,7 @@ class Calibration:
         with self._walk.layer(number, watch, self._watchable(number), see) as run:
             for nth, (path, experts) in enumerate(run.experts.items()):
                 together = any(f"{path}.{name}" in products for name in PROJECTIONS[:2])
-                mixtures[path] = Mixture(self._spool.experts(number, nth), together)
+                mixtures[path] = Mixture(self._hidden_files.experts(number, nth), together)
                 experts.watch = mixtures[path].add
             self._pass(number, run)
             for path, experts in run.experts.items():
@@ -217,7 +217,7 @@ class Calibration:
         names = tuple(e.module for e in entries if e.role == "head" and self._walk.linear(e.module))
         with self._walk.end(watch, names) as run:
             for start in range(0, len(self._tokens), self._step):
-                inputs = self._spool.read(self._plan.layers)[start : start + self._step]
+                inputs = self._hidden_files.read(self._plan.layers)[start : start + self._step]
                 run(mx.array(inputs))  # the logits are never computed
                 mx.clear_cache()
         return LayerStatistics(linear, {}, products)
@@ -251,7 +251,7 @@ class Calibration:
             state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
         if state.get("digest") != self.digest:
             state = {}
-            self._spool.clear()
+            self._hidden_files.clear()
             self._remember()
         self.coverage = {path: Coverage(**found) for path, found in state.get("coverage", {}).items()}
         if self._kv is not None:

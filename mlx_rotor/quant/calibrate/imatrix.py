@@ -1,4 +1,4 @@
-"""An importance matrix that llama.cpp's `llama-imatrix` wrote for the same model, as a guide: mean squares of inputs.
+"""A guide from llama.cpp's importance matrix: mean squares of inputs that `llama-imatrix` wrote for the same model.
 
 GGUF form: float32 tensors `<name>.in_sum2` [matrices, K], sums of squared inputs, and `<name>.counts` [matrices, 1],
 rows seen, where <name> is llama.cpp's of the weight: `blk.3.ffn_down_exps.weight`.

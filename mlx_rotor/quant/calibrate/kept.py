@@ -1,7 +1,7 @@
-"""Work files of a calibration. Hidden states between layers: a file is whole or not there, and at most two are kept.
-What a layer's experts take: until the next layer's turn.
+"""Work files of a calibration and of a measurement of sensitivities, so that both go on after a crash.
 
-What a measurement of sensitivities has so far, on disk: after a crash it goes on from there.
+A calibration keeps the hidden states that a layer takes, in at most two files, and the inputs of a layer's experts
+until the next layer's turn. A measurement keeps the hidden states of all its copies of the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...files import write_json, writing
 from ..policy import Spec
 
 
-class Spool:
+class HiddenFiles:
     """`hidden-0007.npy` in `folder`: what layer 7 takes, float32 [sequences, length, ..]."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,9 +125,9 @@ class Keeper:
             }
         except (OSError, ValueError) as e:
             raise RotorError(f"{path}: not readable ({e}); delete {self._folder}, and measuring starts again") from e
-        spool = Spool(self._folder)
-        if spool.newest(layer) != layer:  # the calibration is ahead: it goes back to here
-            spool.write(layer, every.shape[1], [every[0]])
+        hidden = HiddenFiles(self._folder)
+        if hidden.newest(layer) != layer:  # the calibration is ahead: it goes back to here
+            hidden.write(layer, every.shape[1], [every[0]])
         return Kept(layer, tuple(self._state["modules"]), every[1:], ratios)
 
     def keep(self, layer: int, base: np.ndarray, modules: Sequence[str], hidden: Any, ratios: Ratios) -> None:

@@ -1,12 +1,12 @@
-"""What storing each weight at few bits does to the model's predictions, measured in one pass over its layers.
+"""Measures how storing each weight at few bits changes the model's predictions, in one pass over its layers.
 
-For every weight, a copy of the hidden states goes on from its layer as if that weight alone were quantized, with plain
-mx.quantize to the one reference spec; at the end each copy's KL divergence from the source's predictions is taken. So
-whatever later layers make of an error counts. Other specs and fits follow by the ratio of their weight errors, each
-input counted by its mean square: a small error's divergence grows with its square.
+For every weight, a copy of the hidden states runs from its layer to the end with that weight alone quantized, by plain
+mx.quantize to the one reference spec, and the KL divergence of its predictions from the source's is taken. The effect
+of later layers on an error is thus counted. Other specs and fits follow by the ratio of their weight errors, each input
+counted by its mean square, as the divergence of a small error grows with its square.
 
 All copies are run through a layer together, so that its weights are read a few times, however many copies there are.
-What there is lies on disk every few minutes: a measurement that was killed goes on from there, to the same numbers.
+The state is written to disk every few minutes: a measurement that was killed goes on from there, to the same numbers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Second moments of a matrix's inputs, summed as they pass by.
+"""Second moments of the inputs of a layer's weights, by entry and by expert.
 
-What each expert of a layer saw: the rows routed to it, out of the layer's inputs on disk.
-
-Second moments of a layer's inputs as a job asks for them: per entry and expert, blended where an expert saw little.
-
-An expert's inputs of gate and up resemble the layer's, so the layer's stand in for what is missing, with a weight of
-512 rows. Each expert's intermediate values, which down takes, have a basis of their own: their products are blended
-with their diagonal alone, their squares with their mean.
+The moments of plain matrices are summed as the inputs pass by. Experts' are taken from the layer's inputs on disk, of
+the rows routed to each, and blended where an expert saw few: gate's and up's inputs resemble the layer's, which stand
+in with a weight of 512 rows. The intermediate values that down takes have a basis of their own in each expert: their
+products are blended with their diagonal alone, their squares with their mean.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model reads while its inputs are measured: a text file's words, as token sequences of one length."""
+"""The text that a model reads while its inputs are measured, as token sequences of one length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether MLX readers can read a checkpoint, ours or not."""
+"""Checks whether MLX readers can read a checkpoint, ours or not."""
 
 from .checker import check, facts, status, text
 

@@ -1,6 +1,6 @@
-"""The files of a checkpoint folder: whether they are there, whole, and those that every reader expects.
+"""Checks whether MLX readers can read a checkpoint, ours or not, from its files, config.json and tensor headers.
 
-Whether MLX readers can read a checkpoint, ours or not: found from config.json and tensor headers, no weights.
+No weights are read.
 """
 
 from __future__ import annotations

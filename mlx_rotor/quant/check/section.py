@@ -1,6 +1,6 @@
-"""What a check of a checkpoint found: which reader it breaks, where, and what to do about it.
+"""Findings of a check (which reader breaks, where, what to do), and config.json's `quantization` by module.
 
-config.json's `quantization`: what it says for each module, and how strictly each reader takes it.
+Readers differ in how strictly they take that section.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Exact folds: factors moved between weights before they are fitted, chosen, and proved on the model."""
+"""Scale folding: factors moved between weights before they are fitted, chosen, and proved exact on the model."""

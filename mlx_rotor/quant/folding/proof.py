@@ -1,6 +1,6 @@
-"""Proof on the model itself that folds change nothing: its first layers' logits, with and without, in float32.
+"""Proof that scale folding changes nothing: the logits after a model's first layers, with and without it, in float32.
 
-Factors are taken for it that no layer is alike to, so that it does not hang on what is worth folding there.
+The factors of the proof differ from channel to channel, so that it does not depend on what is worth folding there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ...errors import RotorError
 from ...host.layerwise import Layerwise
 from ..guide import EntryParameters, Weights
 from ..plan import Plan
-from .folds import Folded, Folds, joined
-from .search import Folding
+from .scales import Factors, FoldedWeights, joined
+from .search import ScaleFolding
 
 TOLERANCE = 1e-5
 
@@ -25,7 +25,7 @@ def check(
     config: Mapping[str, Any],
     plan: Plan,
     weights: Weights,
-    folds: Folds,
+    factors: Factors,
     tokens: np.ndarray,
     *,
     layers: Sequence[int],
@@ -36,24 +36,26 @@ def check(
     Raises:
         RotorError: it is more than TOLERANCE, or the model can't be run layer by layer.
     """
-    before, after = (_logits(config, plan, w, tokens, layers) for w in (weights, Folded(weights, folds)))
+    before, after = (_logits(config, plan, w, tokens, layers) for w in (weights, FoldedWeights(weights, factors)))
     scale, difference = (float(np.abs(np.array(a)).max()) for a in (before, after - before))
     difference = difference / scale if scale else 0.0
     if not difference <= TOLERANCE:  # NaN, too
-        modules = sorted({module for module, _ in folds})
+        modules = sorted({module for module, _ in factors})
         raise RotorError(
-            f"folding changes the model: logits after layers {', '.join(map(str, layers))} differ by {difference:.2g}"
-            f" of the largest, more than {TOLERANCE:g}. Some reader of the folded inputs is not known"
+            f"scale folding changes the model: logits after layers {', '.join(map(str, layers))} differ by"
+            f" {difference:.2g} of the largest, more than {TOLERANCE:g}. Some reader of the folded inputs is not known"
             f" ({', '.join(modules[:4])}, …): use --fold none, and report the architecture"
         )
     return difference
 
 
 def prove(
-    folding: Folding, config: Mapping[str, Any], plan: Plan, weights: Weights, tokens: np.ndarray
+    folding: ScaleFolding, config: Mapping[str, Any], plan: Plan, weights: Weights, tokens: np.ndarray
 ) -> tuple[int, ...]:
-    """`check` of every fold that `folding` may choose, by factors of its own, before a job is given it: in the first
-    layer of each kind, dense or with experts, say. Returns those layers. `weights`: not folded.
+    """Checks every scale folding that `folding` may choose, by factors of the proof's own, before a job is given it.
+
+    One layer of each kind is checked: the first dense one, say, and the first with experts. `weights` are as the source
+    has them. Returns the layers.
 
     Raises:
         RotorError: as `check`.

@@ -1,4 +1,4 @@
-"""Which factors to fold: as many powers of the inputs' size as make the fit's own error smallest, on a sample."""
+"""The factors of scale folding: the power of the inputs' size with the least error of the fit on a sample."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ..calibrate.moments import Scaled
 from ..fit import decode, fit
 from ..guide import Guide, Statistics, Weights
 from ..plan import Entry, Plan
-from .folds import (
+from .scales import (
     CLAMPED,
-    DownFold,
-    Folded,
-    Folds,
-    NormFold,
+    DownFolding,
+    Factors,
+    FoldedWeights,
+    NormFolding,
     Oversized,
     Peaks,
-    down_folds,
+    down_foldings,
     feeds_experts,
     joined,
-    norm_folds,
+    norm_foldings,
     oversized,
     rescaling,
 )
 
-# Exponents tried: a factor is the root of an input's mean square to this power. 0 folds nothing.
+# Exponents tried: a factor is the root of an input's mean square to this power; 0 is no scale folding.
 ALPHAS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75)
 CLAMP = 6  # factors lie within 2**-6 and 2**6
-WORTH = 0.99  # a fold must better the error by a hundredth
+WORTH = 0.99  # scale folding must lower the error by a hundredth
 # What the sample reads of an entry.
 PARTS, ROWS = 2, 64
 VERSION = 1
@@ -53,7 +53,13 @@ def factors(square: mx.array, alpha: float, *, whole: bool) -> mx.array:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A fold of a layer: exponent, and the sample's error with it as a share of that without. `what`: its modules."""
+    """One scale folding of a layer.
+
+    Attributes:
+        what: the module whose scales are folded.
+        alpha: the exponent.
+        ratio: the sample's error with it as a share of that without.
+    """
 
     what: str
     alpha: float
@@ -61,21 +67,21 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class LayerFolds:
+class LayerFolding:
     """`inputs`: module -> what its inputs are divided by, see `Scaled`. `large`: experts above float16's range,
     rescaled if that was asked for."""
 
-    scales: Folds
+    scales: Factors
     inputs: dict[str, mx.array]
     chosen: tuple[Chosen, ...]
     large: tuple[Oversized, ...]
 
 
-class Folding:
-    """A guide over another: its weights folded, its statistics of the inputs as they then are.
+class ScaleFolding:
+    """A guide over another, with scale folding: its weights times the factors, its inputs' statistics divided by them.
 
     Attributes:
-        found: layer -> what was folded there, of the layer last asked for.
+        found: layer -> the scale folding there, of the layer last asked for.
     """
 
     def __init__(
@@ -95,25 +101,25 @@ class Folding:
         Args:
             method: the job's fit, for entries that have none of their own.
             folder: where what was chosen is noted, so that a job that goes on can tell all of it.
-            norms, downs: fold normalizations into their readers, up rows into down columns.
+            norms, downs: fold the scales of normalizations into their readers, of up rows into down columns.
             awq: the one exponent tried for normalizations that quantized experts read; 0: as for the others.
             rescale: bring experts whose intermediate values overflow float16 back into its range.
 
         Raises:
-            RotorError: a fold that the model's experts don't allow.
+            RotorError: a scale folding that the model's experts don't allow.
         """
         self._guide, self._plan, self._method = guide, plan, method
         self._norms, self._downs, self._rescale, self._type = norms, downs, rescale, model_type
         self._awq = awq
         if downs or rescale:
-            down_folds(plan.entries, model_type)
-        self.found: dict[int, LayerFolds] = {}
+            down_foldings(plan.entries, model_type)
+        self.found: dict[int, LayerFolding] = {}
         self._path = Path(folder) / "folds.json"
         self._told = self._known()
 
     @property
     def digest(self) -> str:
-        """Of all that the folds depend on."""
+        """Of all that the factors depend on."""
         head = [VERSION, self._guide.digest, self._method, self._norms, self._downs, self._rescale, ALPHAS, PARTS, ROWS]
         head += [self._awq] if self._awq else []
         return hashlib.sha256(json.dumps(head).encode()).hexdigest()
@@ -132,36 +138,36 @@ class Folding:
         weights, statistics = self._guide.layer(number, entries)
         if number is None or statistics is None:
             return weights, statistics
-        folds = self._search(number, weights, statistics)
-        self.found = {number: folds}
-        rescaled = [o.factor if self._rescale else 1 for o in folds.large]
+        chosen = self._search(number, weights, statistics)
+        self.found = {number: chosen}
+        rescaled = [o.factor if self._rescale else 1 for o in chosen.large]
         self._told[str(number)] = [
-            {"layer": number, "fold": c.what, "alpha": c.alpha, "error_ratio": round(c.ratio, 4)} for c in folds.chosen
+            {"layer": number, "fold": c.what, "alpha": c.alpha, "error_ratio": round(c.ratio, 4)} for c in chosen.chosen
         ] + [
             {"layer": number, "expert": o.expert, "down_input": o.peak, "rescaled_by": by}
-            for o, by in zip(folds.large, rescaled, strict=True)
+            for o, by in zip(chosen.large, rescaled, strict=True)
         ]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, {"digest": self.digest, "layers": self._told})
-        return Folded(weights, folds.scales), Scaled(statistics, folds.inputs)
+        return FoldedWeights(weights, chosen.scales), Scaled(statistics, chosen.inputs)
 
-    def trial(self, number: int) -> Folds:
-        """Every fold that may be chosen in a layer, by factors from 1/4 to 4: for a proof that it is exact."""
+    def trial(self, number: int) -> Factors:
+        """The factors of every scale folding that may be chosen in a layer, from 1/4 to 4: for the proof."""
 
         def some(count: int, turn: int = 0) -> mx.array:
             return mx.power(mx.array(2.0), ((mx.arange(count) + turn) % 5 - 2).astype(mx.float32))
 
         entries = [entry for entry in self._plan.entries if entry.layer == number]
-        found = [fold.scales(some(fold.norm.shape[0])) for fold in norm_folds(entries) if self._wanted(fold)]
+        found = [norm.scales(some(norm.norm.shape[0])) for norm in norm_foldings(entries) if self._wanted(norm)]
         if self._downs or self._rescale:
-            for fold in down_folds(entries, self._type):
-                found.append(fold.scales({p: some(fold.down.shape[-1], p) for p in range(fold.down.parts)}))
+            for down in down_foldings(entries, self._type):
+                found.append(down.scales({p: some(down.down.shape[-1], p) for p in range(down.down.parts)}))
         return joined(*found)
 
     def describe(self) -> dict[str, Any]:
-        """For the output's metadata: the statistics, and what was folded where."""
-        folds = [row for _, rows in sorted(self._told.items(), key=lambda item: int(item[0])) for row in rows]
-        return {**self._guide.describe(), "folds": folds}
+        """For the output's metadata: the statistics, and the scale folding of every layer."""
+        rows = [row for _, told in sorted(self._told.items(), key=lambda item: int(item[0])) for row in told]
+        return {**self._guide.describe(), "folds": rows}
 
     def files(self) -> dict[str, str]:
         return self._guide.files()
@@ -174,14 +180,14 @@ class Folding:
             return {}
         return dict(state["layers"]) if state.get("digest") == self.digest else {}
 
-    def _search(self, number: int, weights: Weights, statistics: Statistics) -> LayerFolds:
+    def _search(self, number: int, weights: Weights, statistics: Statistics) -> LayerFolding:
         entries = [entry for entry in self._plan.entries if entry.layer == number]
-        scales: Folds = {}
+        scales: Factors = {}
         inputs: dict[str, mx.array] = {}
         chosen: list[Chosen] = []
         every: list[Oversized] = []
-        downs = down_folds(entries, self._type) if self._type not in CLAMPED else []
-        for norm in [norm for norm in norm_folds(entries) if self._wanted(norm)]:
+        downs = down_foldings(entries, self._type) if self._type not in CLAMPED else []
+        for norm in [norm for norm in norm_foldings(entries) if self._wanted(norm)]:
             if (found := self._norm(norm, weights, statistics)) is not None:
                 s, choice = found
                 scales, inputs = joined(scales, norm.scales(s)), inputs | norm.inputs(s)
@@ -197,11 +203,11 @@ class Folding:
             if each:
                 scales, inputs = joined(scales, down.scales(each)), inputs | down.inputs(each)
         mx.eval([a for s in scales.values() for a in (s.rows, s.columns) if a is not None], list(inputs.values()))
-        return LayerFolds(scales, inputs, tuple(chosen), tuple(every))
+        return LayerFolding(scales, inputs, tuple(chosen), tuple(every))
 
-    def _norm(self, fold: NormFold, weights: Weights, statistics: Statistics) -> tuple[mx.array, Chosen] | None:
-        square = common_square(fold.readers, statistics)
-        readers = [entry for entry in fold.readers if entry.spec is not None]
+    def _norm(self, folding: NormFolding, weights: Weights, statistics: Statistics) -> tuple[mx.array, Chosen] | None:
+        square = common_square(folding.readers, statistics)
+        readers = [entry for entry in folding.readers if entry.spec is not None]
         if square is None or not readers:
             return None
         known = square
@@ -209,34 +215,34 @@ class Folding:
         def factor(entry: Entry, part: int, alpha: float) -> mx.array:
             return factors(known, alpha, whole=True)
 
-        tried = (0.0, self._awq) if self._awq and feeds_experts(fold) else ALPHAS
+        tried = (0.0, self._awq) if self._awq and feeds_experts(folding) else ALPHAS
         alpha, ratio = self._best(readers, weights, statistics, factor, tried)
         if not alpha:
             return None
-        return factors(square, alpha, whole=True), Chosen(fold.norm.module, alpha, ratio)
+        return factors(square, alpha, whole=True), Chosen(folding.norm.module, alpha, ratio)
 
-    def _wanted(self, fold: NormFold) -> bool:
-        return self._norms or (self._awq > 0 and feeds_experts(fold))
+    def _wanted(self, folding: NormFolding) -> bool:
+        return self._norms or (self._awq > 0 and feeds_experts(folding))
 
     def _down(
-        self, fold: DownFold, weights: Weights, statistics: Statistics
+        self, folding: DownFolding, weights: Weights, statistics: Statistics
     ) -> tuple[dict[int, mx.array], Chosen] | None:
-        if fold.down.spec is None:
+        if folding.down.spec is None:
             return None
-        squares = {part: statistics.importance(fold.down, part) for part in range(fold.down.parts)}
+        squares = {part: statistics.importance(folding.down, part) for part in range(folding.down.parts)}
         known = {part: square for part, square in squares.items() if square is not None}
         if not known:
             return None
-        kept = fold.up.spec is None
+        kept = folding.up.spec is None
 
         def factor(entry: Entry, part: int, alpha: float) -> mx.array | None:
             return factors(known[part], alpha, whole=kept) if part in known else None
 
-        alpha, ratio = self._best([fold.down], weights, statistics, factor)
+        alpha, ratio = self._best([folding.down], weights, statistics, factor)
         if not alpha:
             return None
         return {p: factors(square, alpha, whole=kept) for p, square in known.items()}, Chosen(
-            fold.down.module, alpha, ratio
+            folding.down.module, alpha, ratio
         )
 
     def _best(

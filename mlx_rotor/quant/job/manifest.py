@@ -1,7 +1,4 @@
-"""The JSON files of an output checkpoint: config for every MLX reader, index, and where it came from.
-
-What a job writes when its weights are there: companions, index, provenance, and config.json last.
-"""
+"""The files that a job writes when its weights are there: companions, index, provenance, and config.json last."""
 
 from __future__ import annotations
 

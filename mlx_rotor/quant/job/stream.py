@@ -1,4 +1,4 @@
-"""One piece of one entry of the plan from the source's files into the output's, and the digest of what was written."""
+"""Reads, fits and writes one piece of one entry of the plan, and digests what was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder a job writes: new, unfinished or finished; and what stays of it when the job fails."""
+"""The folder that a job writes, new, unfinished or finished, and what stays of it when the job fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a job's weights come from, and whether they are still the same: a local folder, and what any source does."""
+"""Sources of a job's weights: what any source does, and a checkpoint in a local folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer's experts move, do and launch for one token, counted in the Metal simulator, and MLX's own beside them.
+"""Traffic, operations and launches of a layer's experts for a token, counted in the Metal simulator, beside MLX's own.
 
 A few of the chosen experts are run, in a stack of that many: each costs the same, so sums are scaled to all of them.
 """

@@ -1,4 +1,4 @@
-"""What the attention kernels move and do, counted in the Metal simulator, MLX's own beside them.
+"""Traffic and operations of the attention kernels, counted in the Metal simulator, beside MLX's own.
 
 Bytes are those that lanes load and store in device memory, every access counted: a byte read twice counts twice.
 Constant memory (shapes, strides, scalars, arrays of fewer than eight elements) is left out: a compiler reads it once.

@@ -1,4 +1,4 @@
-"""What experts move and launch at MiniMax's dimensions, against what must be moved, MLX's own kernel beside them."""
+"""Traffic and launches of the experts at MiniMax's dimensions, against the bytes they must move, and MLX's kernel."""
 
 import pytest
 

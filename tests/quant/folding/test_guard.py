@@ -13,9 +13,9 @@ from mlx_rotor import bundled
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant import policy as policies
 from mlx_rotor.quant.calibrate.moments import Moments
-from mlx_rotor.quant.folding.folds import FLOAT16, Oversized, down_folds, oversized, rescaling
 from mlx_rotor.quant.folding.proof import check
-from mlx_rotor.quant.folding.search import Folding
+from mlx_rotor.quant.folding.scales import FLOAT16, Oversized, down_foldings, oversized, rescaling
+from mlx_rotor.quant.folding.search import ScaleFolding
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.source import Checkpoint
 
@@ -56,14 +56,14 @@ class Peaking:
 def test_experts_above_float16_are_found_and_rescaled_exactly(plan, checkpoint, tmp_path):
     peaks = {1: 65504.0, 3: 65505.0, 7: 1e6}
     entries = [e for e in plan.entries if e.layer == 0]
-    (fold,) = down_folds(entries, "minimax_m2")
+    (fold,) = down_foldings(entries, "minimax_m2")
     found = oversized(fold, Peaking(peaks))
     assert [(o.expert, o.peak) for o in found] == [(3, 65505.0), (7, 1e6)]
     for o in found:
         assert np.log2(o.factor) % 1 == 0 and o.peak / o.factor <= FLOAT16 / 4 < 2 * o.peak / o.factor
     assert rescaling(fold, found).keys() == {3, 7}
 
-    guide = Folding(Given(checkpoint, Peaking(peaks)), plan, "minimax_m2", "fast", tmp_path, rescale=True)
+    guide = ScaleFolding(Given(checkpoint, Peaking(peaks)), plan, "minimax_m2", "fast", tmp_path, rescale=True)
     weights, _ = guide.layer(0, entries)
     ratio = np.array(weights.read(fold.up, 7)) / np.array(checkpoint.read(fold.up, 7))
     np.testing.assert_array_equal(ratio[np.isfinite(ratio)], np.float32(1 / found[1].factor))
@@ -74,7 +74,7 @@ def test_experts_above_float16_are_found_and_rescaled_exactly(plan, checkpoint, 
 
 
 def test_without_being_asked_they_are_only_named(plan, checkpoint, tmp_path):
-    guide = Folding(Given(checkpoint, Peaking({7: 1e6})), plan, "minimax_m2", "fast", tmp_path)
+    guide = ScaleFolding(Given(checkpoint, Peaking({7: 1e6})), plan, "minimax_m2", "fast", tmp_path)
     guide.layer(0, [])
     assert guide.found[0].large == (Oversized("model.layers.0.block_sparse_moe.switch_mlp.down_proj", 7, 1e6),)
     assert guide.found[0].scales == {} and guide.describe()["folds"][0]["rescaled_by"] == 1
@@ -84,7 +84,7 @@ def test_statistics_without_peaks_can_find_none(plan, checkpoint, tmp_path):
     class Squares:
         importance = hessian = lambda *_: None
 
-    guide = Folding(Given(checkpoint, Squares()), plan, "minimax_m2", "fast", tmp_path, rescale=True)
+    guide = ScaleFolding(Given(checkpoint, Squares()), plan, "minimax_m2", "fast", tmp_path, rescale=True)
     with pytest.raises(RotorError, match="--calibration"):
         guide.layer(0, [])
 

@@ -11,7 +11,7 @@ from quantizing import quantize
 
 from mlx_rotor.errors import RotorError
 from mlx_rotor.quant.calibrate import Calibration
-from mlx_rotor.quant.folding.search import Folding
+from mlx_rotor.quant.folding.search import ScaleFolding
 from mlx_rotor.quant.job import manifest, stream
 from mlx_rotor.quant.job.workplace import WORK
 from mlx_rotor.quant.plan import read_config
@@ -160,7 +160,7 @@ def test_calibrated_and_folded_files_are_the_same_for_any_number_of_workers(chec
     tokens = (np.arange(16 * 16).reshape(16, 16) * 7919 % 191).astype(np.int32)
 
     def guided(source, plan, work):
-        return Folding(Calibration(config, source, plan, tokens, work), plan, "minimax_m2", "search", work)
+        return ScaleFolding(Calibration(config, source, plan, tokens, work), plan, "minimax_m2", "search", work)
 
     for workers in (1, 3):
         quantize(folder, tmp_path / str(workers), POLICY, guide=guided, workers=workers, shard_bytes=10**6)

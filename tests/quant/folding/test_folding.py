@@ -1,4 +1,4 @@
-"""Folds leave what a model computes unchanged, and nothing else does; what is folded is worth it."""
+"""Factors leave what a model computes unchanged, and nothing else does; what is folded is worth it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mlx_rotor import bundled as demo
 from mlx_rotor.errors import RotorError
 from mlx_rotor.host.skeleton import skeleton
 from mlx_rotor.quant import policy as policies
-from mlx_rotor.quant.folding import folds
-from mlx_rotor.quant.folding.folds import READINGS, Folded, Scales, down_folds, joined, norm_folds
+from mlx_rotor.quant.folding import scales
 from mlx_rotor.quant.folding.proof import check, prove
-from mlx_rotor.quant.folding.search import Folding, factors, output_error
+from mlx_rotor.quant.folding.scales import READINGS, FoldedWeights, Scales, down_foldings, joined, norm_foldings
+from mlx_rotor.quant.folding.search import ScaleFolding, factors, output_error
 from mlx_rotor.quant.guide import Unguided
 from mlx_rotor.quant.plan import make_plan
 from mlx_rotor.quant.source import Checkpoint
@@ -99,9 +99,9 @@ def random_folds(plan, model_type):
     """Every fold there is, by random factors: powers of two for normalizations, others for experts."""
     found = []
     for number in range(plan.layers):
-        for fold in norm_folds(layer(plan, number)):
+        for fold in norm_foldings(layer(plan, number)):
             found.append(fold.scales(factors(mx.exp(3 * mx.random.normal(fold.norm.shape)), 1.0, whole=True)))
-        for fold in down_folds(layer(plan, number), model_type):
+        for fold in down_foldings(layer(plan, number), model_type):
             each = {p: mx.exp(mx.random.normal((fold.down.shape[-1],))) for p in range(fold.down.parts)}
             found.append(fold.scales(each))
     return joined(*found)
@@ -121,10 +121,10 @@ def stock_logits(config, plan, weights):
 def test_the_whole_model_is_unchanged_by_every_fold(bundled):
     plan, checkpoint = bundled
     found = random_folds(plan, "minimax_m2")
-    before, after = (stock_logits(BUNDLED, plan, w) for w in (checkpoint, Folded(checkpoint, found)))
+    before, after = (stock_logits(BUNDLED, plan, w) for w in (checkpoint, FoldedWeights(checkpoint, found)))
     assert len({module for module, _ in found}) == 8 * 9
     assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
-    assert not np.array_equal(np.array(Folded(checkpoint, found).read(layer(plan, 0)[0])), 0)
+    assert not np.array_equal(np.array(FoldedWeights(checkpoint, found).read(layer(plan, 0)[0])), 0)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -132,7 +132,7 @@ def test_other_architectures(name):
     plan = make_plan(OTHERS[name], POLICY)
     model = skeleton(OTHERS[name])
     weights = Held(model)
-    roles = {e.role for fold in norm_folds(layer(plan, 0)) for e in fold.readers}
+    roles = {e.role for fold in norm_foldings(layer(plan, 0)) for e in fold.readers}
     assert roles == {e.role for e in layer(plan, 0)} - {
         "norm",
         "bias",
@@ -142,7 +142,7 @@ def test_other_architectures(name):
         "shared.down",
     }
     found = random_folds(plan, name)
-    before, after = (stock_logits(OTHERS[name], plan, w) for w in (weights, Folded(weights, found)))
+    before, after = (stock_logits(OTHERS[name], plan, w) for w in (weights, FoldedWeights(weights, found)))
     assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
     assert check(OTHERS[name], plan, weights, found, TOKENS, layers=[0, 1]) <= 1e-5
 
@@ -156,7 +156,7 @@ def test_the_check_finds_a_reader_that_was_left_out(bundled, left_out):
     found = joined(
         *(
             fold.scales(factors(mx.exp(mx.random.normal((256,))), 1.0, whole=True))
-            for fold in norm_folds(layer(plan, 0))
+            for fold in norm_foldings(layer(plan, 0))
         )
     )
     assert check(BUNDLED, plan, checkpoint, found, TOKENS, layers=[0]) <= 1e-5
@@ -169,7 +169,7 @@ def test_the_check_finds_a_reader_that_was_left_out(bundled, left_out):
 
 def test_the_check_finds_an_expert_that_was_half_folded(bundled):
     plan, checkpoint = bundled
-    (fold,) = down_folds(layer(plan, 0), "minimax_m2")
+    (fold,) = down_foldings(layer(plan, 0), "minimax_m2")
     # Which experts a text takes is the model's to say: all of them lack half of the fold.
     each = {part: mx.full((64,), 1.5) for part in range(fold.down.parts)}
     assert check(BUNDLED, plan, checkpoint, fold.scales(each), TOKENS, layers=[0]) <= 1e-5
@@ -182,7 +182,7 @@ def test_a_slice_of_rows_gets_its_own_factors(bundled):
     plan, checkpoint = bundled
     up = next(e for e in plan.entries if e.role == "expert.up")
     rows, columns = mx.arange(1, 65).astype(mx.float32), mx.arange(1, 257).astype(mx.float32)
-    folded = Folded(checkpoint, {(up.module, 3): Scales(rows, columns)})
+    folded = FoldedWeights(checkpoint, {(up.module, 3): Scales(rows, columns)})
     whole = np.array(checkpoint.read(up, 3)) * np.arange(1, 65)[:, None] * np.arange(1, 257)
     np.testing.assert_allclose(np.array(folded.read(up, 3, 8, 24)), whole[8:24], rtol=1e-6)
     assert mx.array_equal(folded.read(up, 2), checkpoint.read(up, 2))
@@ -205,7 +205,7 @@ def test_factors():
 def test_what_is_chosen_lowers_the_error_and_is_exact(bundled, method, tmp_path):
     plan, checkpoint = bundled
     statistics = Known(2.0)
-    guide = Folding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
+    guide = ScaleFolding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
     weights, seen = guide.layer(0, layer(plan, 0))
     chosen = {c.what.rpartition(".")[2]: c for c in guide.found[0].chosen}
     assert all(0 < c.alpha <= 1 and c.ratio < 0.99 for c in chosen.values())
@@ -222,24 +222,24 @@ def test_what_is_chosen_lowers_the_error_and_is_exact(bundled, method, tmp_path)
         assert after < before
     told = guide.describe()["folds"]
     assert {row["fold"].rpartition(".")[2] for row in told if row["layer"] == 0} == chosen.keys()
-    later = Folding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
+    later = ScaleFolding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path)
     assert later.describe()["folds"] == told  # a job that goes on tells what the first run did, too
-    other = Folding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path, norms=False)
+    other = ScaleFolding(Given(checkpoint, statistics), plan, "minimax_m2", method, tmp_path, norms=False)
     assert other.describe()["folds"] == []
 
 
 def test_a_fold_that_is_not_exact_is_refused_before_the_job(bundled, monkeypatch, tmp_path):
     plan, checkpoint = bundled
     short = tuple(replace(r, readers=tuple(x for x in r.readers if x != "router")) for r in READINGS)
-    monkeypatch.setattr(folds, "READINGS", short)
-    guide = Folding(Given(checkpoint, Known(2.0)), plan, "minimax_m2", "fast", tmp_path)
+    monkeypatch.setattr(scales, "READINGS", short)
+    guide = ScaleFolding(Given(checkpoint, Known(2.0)), plan, "minimax_m2", "fast", tmp_path)
     with pytest.raises(RotorError, match="Some reader of the folded inputs is not known"):
         prove(guide, BUNDLED, plan, checkpoint, TOKENS)
 
 
 def test_inputs_that_are_alike_are_left_alone(bundled, tmp_path):
     plan, checkpoint = bundled
-    guide = Folding(Given(checkpoint, Known(0.0)), plan, "minimax_m2", "search", tmp_path)
+    guide = ScaleFolding(Given(checkpoint, Known(0.0)), plan, "minimax_m2", "search", tmp_path)
     weights, _ = guide.layer(1, layer(plan, 1))
     assert guide.found[1].chosen == () and guide.describe()["folds"] == []
     entry = layer(plan, 1)[0]
@@ -248,12 +248,12 @@ def test_inputs_that_are_alike_are_left_alone(bundled, tmp_path):
 
 def test_what_lies_outside_the_layers_is_handed_on(bundled, tmp_path):
     plan, checkpoint = bundled
-    guide = Folding(Given(checkpoint, Known(1.0)), plan, "minimax_m2", "search", tmp_path)
+    guide = ScaleFolding(Given(checkpoint, Known(1.0)), plan, "minimax_m2", "search", tmp_path)
     assert guide.layer(None, []) == (checkpoint, guide._guide.statistics)
-    blind = Folding(Unguided(checkpoint), plan, "minimax_m2", "search", tmp_path)
+    blind = ScaleFolding(Unguided(checkpoint), plan, "minimax_m2", "search", tmp_path)
     assert blind.layer(0, layer(plan, 0)) == (checkpoint, None)
     digests = [
-        Folding(Given(checkpoint, None), plan, "minimax_m2", m, tmp_path, downs=d).digest
+        ScaleFolding(Given(checkpoint, None), plan, "minimax_m2", m, tmp_path, downs=d).digest
         for m in ("fast", "search")
         for d in (True, False)
     ]
@@ -263,20 +263,20 @@ def test_what_lies_outside_the_layers_is_handed_on(bundled, tmp_path):
 def test_clamped_experts_are_refused(bundled, tmp_path):
     plan, checkpoint = bundled
     with pytest.raises(RotorError, match=r"gpt_oss.*clamp"):
-        Folding(Given(checkpoint, None), plan, "gpt_oss", "fast", tmp_path)
-    assert Folding(Given(checkpoint, Known(0.0)), plan, "gpt_oss", "fast", tmp_path, downs=False).layer(0, [])
+        ScaleFolding(Given(checkpoint, None), plan, "gpt_oss", "fast", tmp_path)
+    assert ScaleFolding(Given(checkpoint, Known(0.0)), plan, "gpt_oss", "fast", tmp_path, downs=False).layer(0, [])
 
 
 def test_what_is_not_quantized_or_read_elsewhere_is_not_folded(bundled):
     plan, _ = bundled
     entries = layer(plan, 0)
-    assert len(norm_folds(entries)) == 2
+    assert len(norm_foldings(entries)) == 2
     router = next(e for e in entries if e.role == "router")
     indexed = [*entries, replace(router, role="attn.index", module="model.layers.0.self_attn.index")]
-    assert [f.norm.module.rpartition(".")[2] for f in norm_folds(indexed)] == ["post_attention_layernorm"]
+    assert [f.norm.module.rpartition(".")[2] for f in norm_foldings(indexed)] == ["post_attention_layernorm"]
     odd = [replace(e, shape=(16, 128)) if e is router else e for e in entries]
     with pytest.raises(RotorError, match="can't be folded"):
-        norm_folds(odd)
+        norm_foldings(odd)
 
 
 DENSE_FIRST = SMALL | {
@@ -308,7 +308,7 @@ UNFIT = {
 
 def test_each_kind_of_layer_is_proved_on(tmp_path):
     plan, weights = make_plan(DENSE_FIRST, POLICY), Held(skeleton(DENSE_FIRST))
-    guide = Folding(Given(weights, Known(0.0)), plan, "deepseek_v3", "fast", tmp_path)
+    guide = ScaleFolding(Given(weights, Known(0.0)), plan, "deepseek_v3", "fast", tmp_path)
     assert prove(guide, DENSE_FIRST, plan, weights, TOKENS) == (0, 1)
     assert {module.split(".")[2] for module, _ in guide.trial(1)} == {"1"}
 
@@ -316,6 +316,6 @@ def test_each_kind_of_layer_is_proved_on(tmp_path):
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_is_never_worth_folding_in_the_first_layers_is_proved_all_the_same(name, tmp_path):
     plan, weights = make_plan(UNFIT[name], POLICY), Held(skeleton(UNFIT[name]))
-    guide = Folding(Given(weights, Known(0.0)), plan, name, "search", tmp_path)
+    guide = ScaleFolding(Given(weights, Known(0.0)), plan, name, "search", tmp_path)
     with pytest.raises(RotorError, match="folding changes the model"):
         prove(guide, UNFIT[name], plan, weights, TOKENS)

@@ -1,13 +1,12 @@
-"""Exact folds: factors moved from one weight of a model into another, which leave what it computes unchanged.
+"""Scale folding: factors moved from one weight of a model into another, which leave what the model computes unchanged.
 
-Inputs that are large can be made smaller, and the columns they meet larger, so that quantizing those columns costs
-less: AWQ (arXiv 2306.00978). A normalization gives its factors to every module that reads its output, the router
-too; a channel of an expert's intermediate values, in which SwiGLU is linear, gives its own to that expert's down
-projection. Knows which modules those are; `search` chooses the factors, `proof` shows them to be exact on the model.
+Large inputs become smaller and the columns they meet larger, so that quantizing those columns costs less: AWQ (arXiv
+2306.00978). A normalization gives its factors to every module that reads its output, the router too; a channel of an
+expert's intermediate values, in which SwiGLU is linear, gives its own to that expert's down projection. This file says
+which modules those are; `search` chooses the factors, and `proof` shows on the model that they are exact.
 
-Experts whose intermediate values are more than float16 holds, by what calibration saw, and what brings them back.
-
-Some of MiniMax-M2's are: they turn to NaN in readers that compute in float16.
+Scale folding also brings experts back whose intermediate values exceed float16's range on the calibration text. Some of
+MiniMax-M2's do, and turn to NaN in readers that compute in float16.
 """
 
 from __future__ import annotations
@@ -62,23 +61,23 @@ class Scales:
 
 
 # (module, part) -> factors
-Folds = dict[tuple[str, int], Scales]
+Factors = dict[tuple[str, int], Scales]
 
 
 def _product(a: mx.array | None, b: mx.array | None) -> mx.array | None:
     return b if a is None else a if b is None else a * b
 
 
-def joined(*folds: Folds) -> Folds:
-    """All of them, one after the other."""
-    out: Folds = {}
-    for fold in folds:
-        for key, scales in fold.items():
+def joined(*every: Factors) -> Factors:
+    """The factors of several scale foldings, applied one after the other."""
+    out: Factors = {}
+    for factors in every:
+        for key, scales in factors.items():
             out[key] = out[key].times(scales) if key in out else scales
     return out
 
 
-class Folded:
+class FoldedWeights:
     """Weights with factors applied as they are read; implements `guide.Weights`."""
 
     def __init__(self, weights: Weights, scales: Mapping[tuple[str, int], Scales]) -> None:
@@ -97,15 +96,15 @@ class Folded:
 
 
 @dataclass(frozen=True)
-class NormFold:
-    """Where a normalization of a layer may be folded into its readers."""
+class NormFolding:
+    """A normalization whose scales may be folded into the modules that read it."""
 
     norm: Entry
     readers: tuple[Entry, ...]
 
-    def scales(self, s: mx.array) -> Folds:
+    def scales(self, s: mx.array) -> Factors:
         """s: float32 [hidden], positive. The normalization's output is divided by it, readers' columns multiplied."""
-        out: Folds = {(self.norm.module, 0): Scales(rows=1 / s)}
+        out: Factors = {(self.norm.module, 0): Scales(rows=1 / s)}
         for entry in self.readers:
             out |= {(entry.module, part): Scales(columns=s) for part in range(entry.parts)}
         return out
@@ -115,21 +114,21 @@ class NormFold:
         return {entry.module: s for entry in self.readers}
 
 
-def feeds_experts(fold: NormFold) -> bool:
+def feeds_experts(folding: NormFolding) -> bool:
     """Whether experts that are quantized read what the normalization gives."""
-    return any(entry.role in ("expert.gate", "expert.up") and entry.spec is not None for entry in fold.readers)
+    return any(entry.role in ("expert.gate", "expert.up") and entry.spec is not None for entry in folding.readers)
 
 
 @dataclass(frozen=True)
-class DownFold:
+class DownFolding:
     """An expert's up and down projection: its intermediate channels may be scaled, each expert's by its own factors."""
 
     up: Entry
     down: Entry
 
-    def scales(self, factors: Mapping[int, mx.array]) -> Folds:
+    def scales(self, factors: Mapping[int, mx.array]) -> Factors:
         """Expert -> float32 [inter], positive: what its down projection takes is divided by it."""
-        out: Folds = {}
+        out: Factors = {}
         for part, d in factors.items():
             out[self.up.module, part] = Scales(rows=1 / d)
             out[self.down.module, part] = Scales(columns=d)
@@ -141,8 +140,8 @@ class DownFold:
         return {self.down.module: mx.stack([factors.get(part, ones) for part in range(self.down.parts)])}
 
 
-def norm_folds(entries: Sequence[Entry]) -> list[NormFold]:
-    """Those of one layer's entries."""
+def norm_foldings(entries: Sequence[Entry]) -> list[NormFolding]:
+    """The possible scale foldings of normalizations among one layer's entries."""
     found = []
     roles = {entry.role for entry in entries}
     for reading in READINGS:
@@ -153,23 +152,23 @@ def norm_folds(entries: Sequence[Entry]) -> list[NormFold]:
         width = norms[0].shape[0]
         wrong = [e.module for e in readers if e.shape[-1] != width]
         if wrong:
-            raise RotorError(f"{wrong[0]} takes other inputs than {norms[0].module} gives: it can't be folded")
+            raise RotorError(f"{wrong[0]} takes other inputs than {norms[0].module} gives: its scales can't be folded")
         if any(e.module.startswith(f"{norms[0].module}.bias") for e in entries):
             continue  # a bias would have to be divided too
-        found.append(NormFold(norms[0], readers))
+        found.append(NormFolding(norms[0], readers))
     return found
 
 
-def feeding(entries: Sequence[Entry]) -> list[NormFold]:
-    """Of a whole model's entries, those that quantized experts read."""
+def feeding(entries: Sequence[Entry]) -> list[NormFolding]:
+    """The scale foldings of normalizations that quantized experts read, in a whole model's entries."""
     layers: dict[int | None, list[Entry]] = {}
     for entry in entries:
         layers.setdefault(entry.layer, []).append(entry)
-    return [fold for group in layers.values() for fold in norm_folds(group) if feeds_experts(fold)]
+    return [found for group in layers.values() for found in norm_foldings(group) if feeds_experts(found)]
 
 
-def down_folds(entries: Sequence[Entry], model_type: str) -> list[DownFold]:
-    """Those of one layer's entries: experts whose intermediate values are linear in what up gives.
+def down_foldings(entries: Sequence[Entry], model_type: str) -> list[DownFolding]:
+    """The possible scale foldings of experts among one layer's entries: their intermediate values are linear in up's.
 
     Raises:
         RotorError: a model whose experts clamp them.
@@ -178,7 +177,7 @@ def down_folds(entries: Sequence[Entry], model_type: str) -> list[DownFold]:
     if ups and model_type in CLAMPED:
         raise RotorError(
             f"{model_type}: its experts clamp their intermediate values, so those can't be rescaled exactly; fold"
-            " normalizations alone"
+            " the scales of normalizations alone"
         )
     found = []
     for up in ups:
@@ -186,7 +185,7 @@ def down_folds(entries: Sequence[Entry], model_type: str) -> list[DownFold]:
         downs = [e for e in entries if e.role == "expert.down" and e.module.rpartition(".")[0] == path]
         biased = any(e.role == "bias" and e.module.startswith(f"{up.module}.") for e in entries)
         if len(downs) == 1 and not biased and up.shape[-2] == downs[0].shape[-1]:
-            found.append(DownFold(up, downs[0]))
+            found.append(DownFolding(up, downs[0]))
     return found
 
 
@@ -216,7 +215,7 @@ class Oversized:
         return 2.0 ** math.ceil(math.log2(self.peak * HEADROOM / FLOAT16))
 
 
-def oversized(fold: DownFold, statistics: Statistics) -> list[Oversized]:
+def oversized(folding: DownFolding, statistics: Statistics) -> list[Oversized]:
     """The experts whose down projection met values above float16's range.
 
     Raises:
@@ -227,13 +226,13 @@ def oversized(fold: DownFold, statistics: Statistics) -> list[Oversized]:
             "these statistics don't have the largest inputs, which finding overflows takes: use --calibration"
         )
     found = []
-    for part in range(fold.down.parts):
-        peak = statistics.peak(fold.down, part)
+    for part in range(folding.down.parts):
+        peak = statistics.peak(folding.down, part)
         if peak is not None and peak > FLOAT16:
-            found.append(Oversized(fold.down.module, part, peak))
+            found.append(Oversized(folding.down.module, part, peak))
     return found
 
 
-def rescaling(fold: DownFold, found: Sequence[Oversized]) -> dict[int, mx.array]:
-    """Expert -> factors for `DownFold.scales` that bring it back into float16's range, exactly."""
-    return {o.expert: mx.full((fold.down.shape[-1],), o.factor) for o in found}
+def rescaling(folding: DownFolding, found: Sequence[Oversized]) -> dict[int, mx.array]:
+    """Expert -> factors for `DownFolding.scales` that bring it back into float16's range, exactly."""
+    return {o.expert: mx.full((folding.down.shape[-1],), o.factor) for o in found}
