@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Operation:
-    """The backend that runs an operation, and why; `refused`: its checks that failed here, whose kernels are refused."""
+    """The backend that runs an operation, and why; `refused`: checks that failed here, so that it is refused."""
 
     name: str
     backend: str
