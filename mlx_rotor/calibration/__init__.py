@@ -1,4 +1,4 @@
-"""Schemes measured for one model on a text, from the model's name to the sidecar file."""
+"""KV schemes measured for one model on a text: fp8 with the model's scales, and codecs by layer, written to a file."""
 
 from __future__ import annotations
 

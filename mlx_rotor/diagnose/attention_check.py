@@ -23,7 +23,7 @@ from ..kernels.segments import spread
 from .checking import DTYPES, KERNEL_TOLERANCE, Found, Outcome, compared, normal, outcome
 
 # What is checked, and the operation of `mlx_rotor.kernels` that runs it. In segments: two packed ones, with means where
-# the codec takes some, a window, and sink tokens that are seen beyond it.
+# the codec takes some, a window, and sink tokens that are attended to beyond it.
 KINDS = {
     "encode": "encode",
     "encode, centred": "encode",

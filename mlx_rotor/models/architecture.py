@@ -20,7 +20,7 @@ class Tensor:
         name: its pattern in the tree.
         sources: names in checkpoints where they differ, the most usual first; one with `{expert}` says that the
             checkpoint stores the parts of a stack one by one.
-        dtype: the dtype that it is kept in: "" is bfloat16, "source" the checkpoint's own float, else safetensors' name.
+        dtype: the dtype that it is kept in: "" is bfloat16, "source" the checkpoint's own float, or a safetensors name.
         plus: a number that mlx_lm adds to the checkpoint's values.
     """
 

@@ -114,9 +114,9 @@ class Card:
             facts = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in calibration.items())
             how = f"with calibration ({facts})"
         errors = {role: e for role, e in self.made["relative_error"].items() if e}
-        said = ", ".join(f"{role} {e:.2%}" for role, e in errors.items())
+        listed = ", ".join(f"{role} {e:.2%}" for role, e in errors.items())
         note = "".join(f" ({note})" for mode in self._formats if (note := formats.kind(mode).note))
-        tail = f"\n\n|w − stored| / |w| by role: {said}{note}." if said else ""
+        tail = f"\n\n|w − stored| / |w| by role: {listed}{note}." if listed else ""
         return f"## How it was fitted\n\nFit `{self.made['fit']}`, {how}.{tail}"
 
     def _quality(self) -> str:
@@ -187,10 +187,12 @@ python -m mlx_rotor.server --model {self.name} --kv {DEFAULT}
         return f"## Made from\n\n{_table(rows)}\n\n{note}"
 
     def _unmeasured(self) -> str:
-        said = ["speed and memory, on a Mac or anywhere else", "benchmarks of tasks", "chats and tool calls"]
+        missing = ["speed and memory, on a Mac or anywhere else", "benchmarks of tasks", "chats and tool calls"]
         if self.evaluation is not None:
-            said.append(f"text further than {max(q.window for q in self.evaluation.row.quality)} tokens into a context")
-        return "## Not measured\n\n" + "\n".join(f"- {what}" for what in said)
+            missing.append(
+                f"text further than {max(q.window for q in self.evaluation.row.quality)} tokens into a context"
+            )
+        return "## Not measured\n\n" + "\n".join(f"- {what}" for what in missing)
 
 
 def billions(nbytes: int, unit: int = 10**9) -> str:

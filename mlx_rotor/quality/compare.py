@@ -48,16 +48,23 @@ def compare(
         models: folders, repositories, `NAME=PATH`, or `bundled`/None.
         kv: schemes as `make_prompt_cache` takes them; `exact` is the stock cache.
         against: the reference model; None is the first of `models`.
-        text: what windows and filler are taken from; None is the bundled held-out text.
-        text_name: what the report calls that text.
+        text: the text that windows and filler are taken from; None is the bundled held-out text.
+        text_name: the text's name in the report.
+        size: of the sample.
         protection: keyword arguments of `make_prompt_cache` (sinks, ring, protect_layers) for every scheme but exact.
-        file: keeps every finished row (see `record`). Rows it holds already are not measured again; they stay in it
-            where this comparison doesn't ask for them.
+        file: JSON that keeps every finished row (see `record`). Rows in it are not measured again; those that this
+            comparison doesn't ask for stay in it.
         progress: a bar with the time left for the whole job, on stderr.
+
+    Returns:
+        The report: a row a model and scheme, in the order asked for. Perplexity is a token's, KL in nats a token.
 
     Raises:
         RotorError: unknown model or scheme, a sample that doesn't fit text or model, models that don't share a
-            tokenizer, a disk too small, a file whose rows rest on something else.
+            tokenizer, a disk too small, a file whose rows were measured under other conditions.
+
+    Example:
+        >>> print(compare(kv=["exact", "turbo4"], size=TINY).markdown())
     """
     targets = unique([NamedModel.parse(m) for m in models])
     schemes = list(dict.fromkeys(kv))
@@ -111,7 +118,7 @@ class _Job:
         self.sample: Sample | None = None
         self.reference: Reference | None = None
         self.weights = ""
-        # One that can't be read ends the job here.
+        # A file that can't be read ends the job before a model is loaded.
         self.found = record.read(file) if file is not None and file.exists() else None
         self.prints = {(t.where, s): fingerprint(t, s) for t in targets for s in schemes}
         self.rows: dict[tuple[str, str], ComparisonRow] = {}
@@ -121,18 +128,18 @@ class _Job:
                 self.rows[row.path, row.kv] = dataclasses.replace(row, label=label)
 
     def order(self) -> list[NamedModel]:
-        """The reference first: everything else is compared with it. Then models with rows to measure."""
+        """The reference first, since every row is compared with it; then models with rows to measure."""
         return [self.first, *(t for t in self.targets if t.path != self.first.path and self.schemes_of(t))]
 
     def schemes_of(self, target: NamedModel) -> list[str]:
-        """Those to measure; none for a reference that isn't itself evaluated. Exact first: it may be the reference."""
+        """The schemes to measure, exact first as it may be the reference; none for a reference that is no row."""
         if target.path not in {t.path for t in self.targets}:
             return []
         return sorted((s for s in self.schemes if (target.where, s) not in self.rows), key=lambda s: s != EXACT)
 
     def evaluate(self, target: NamedModel) -> None:
         """Loads a model and measures its rows; the model is free again afterwards."""
-        self.say(f"{target.label}: loading")
+        self.show(f"{target.label}: loading")
         evaluated = EvaluatedModel(target)
         schemes = self.schemes_of(target)
         caches = {s: MeasuredCaches(evaluated, s, {} if s == EXACT else self.protection) for s in schemes}
@@ -140,16 +147,16 @@ class _Job:
             made.new()  # an unknown scheme ends the job here, before a model has run
         sample = self.same_sample(evaluated)
         if self.reference is None and EXACT not in schemes and any(self.schemes_of(t) for t in self.targets):
-            self.say(f"{target.label}: reference")
+            self.show(f"{target.label}: reference")
             self.open_reference(evaluated, sample, MeasuredCaches(evaluated, EXACT, {}))
         for scheme in schemes:
-            self.say(f"{target.label}, {scheme}")
+            self.show(f"{target.label}, {scheme}")
             self.rows[target.where, scheme] = self.row(evaluated, sample, scheme, caches[scheme])
             if self.file is not None:
                 record.write(self.file, self.report(others=True))
 
-    def say(self, what: str) -> None:
-        # Not drawn before the sample is: most mistakes show until then, and get a line of their own.
+    def show(self, what: str) -> None:
+        # Most mistakes show before the sample is drawn, and their message gets a line without a bar.
         self.bar.set_description(what, refresh=self.sample is not None)
 
     def same_sample(self, evaluated: EvaluatedModel) -> Sample:
@@ -203,7 +210,7 @@ class _Job:
         )
 
     def report(self, others: bool = False) -> Report:
-        """Rows in the order asked for; `others`: those of the file that were not asked for, too."""
+        """The rows in the order asked for; with `others`, then those of the file that were not asked for."""
         asked = [(t, s) for t in self.targets for s in self.schemes]
         rows = [self.rows[key] for t, s in asked if (key := (t.where, s)) in self.rows]
         missing = tuple(f"{t.label} {s}" for t, s in asked if (t.where, s) not in self.rows)

@@ -22,7 +22,7 @@ ROOM = 1.02  # of a temporary checkpoint beside its tensors: headers, tokenizer,
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """A checkpoint measured: `name` is its policy's, `nbytes` its tensors' size, `parameters` those of the model."""
+    """A measured checkpoint: its policy's name, its tensors' bytes, the model's number of parameters, its quality."""
 
     name: str
     nbytes: int
@@ -38,9 +38,9 @@ class CheckpointRow:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`row` is the checkpoint's own, `others` those it is compared with; `machine` as `quality.machine`.
+    """A checkpoint's row and the rows of others that it is compared with, on one machine.
 
-    `whole`: the models ran whole in mlx_lm, not layer by layer in float32.
+    `whole`: the models ran whole in mlx_lm, instead of layer by layer in float32.
     """
 
     source: str
@@ -55,7 +55,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Of what `to_dict` made. Raises RotorError for anything else."""
+        """The evaluation that `to_dict` made `data` of. Raises RotorError for anything else."""
         try:
             others = tuple(row_from_dict(r) for r in data["others"])
             return cls(data["source"], bool(data["whole"]), row_from_dict(data["row"]), others, dict(data["machine"]))

@@ -15,11 +15,13 @@ from .model import Cache, EvaluatedModel
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes a KV cache owns at `tokens` tokens, what stock fp16 holds for as many, and how it was attended to.
+    """The size of a KV cache, and the ways it was attended to.
 
     Attributes:
-        further: bytes each token more adds once the exact first and recent tokens are full, None if nothing was packed.
-        bits: stored bits of a packed element, scales and means included, on average over what is packed; None likewise.
+        tokens: in the cache when it was measured.
+        bytes: that the cache owns; fp16: that mlx_lm's own cache holds in fp16 for as many tokens.
+        further: bytes that each further token adds once the exact tokens' room is full; None if nothing was packed.
+        bits: stored bits of a packed element, scales and means included, averaged over layers; None likewise.
         codecs: "K codec/V codec" of every compressed layer, in order.
         fallback_calls: attention calls that read expanded keys and values instead of the packed ones.
     """
@@ -97,7 +99,7 @@ def bits_per_element(cache: Sequence[Any]) -> float | None:
 
 
 class MeasuredCaches:
-    """Makes a configuration's caches and remembers the footprint of the longest."""
+    """Makes a configuration's caches and keeps the footprint of the longest sequence."""
 
     def __init__(self, evaluated: EvaluatedModel, kv: str, protection: Mapping[str, int]) -> None:
         self._evaluated, self._kv, self._protection = evaluated, kv, protection
@@ -111,13 +113,13 @@ class MeasuredCaches:
         return self._live
 
     def new_rows(self) -> Cache:
-        """An empty cache for a batch of rows, whose size says nothing of a sequence's: it is not measured."""
+        """An empty cache for a batch, which is not measured: its size is not that of a sequence."""
         self._measure()
         self._live = []
         return self._evaluated.new_cache(self._kv, **self._protection)
 
     def footprint(self) -> Footprint:
-        """Of the longest sequence any cache has held. Lets go of the last cache."""
+        """The footprint of the longest sequence that any cache has held. The last cache is dropped."""
         self._measure()
         self._live = []
         assert self._longest is not None, "no cache has been used"

@@ -39,7 +39,7 @@ def log_probabilities(logits: mx.array) -> np.ndarray:
 
 
 def prefill(model: Any, cache: Cache, tokens: Sequence[int], chunk: int) -> int:
-    """Feeds a prompt; returns the token a greedy decoder would say next."""
+    """Feeds a prompt; returns the token that greedy decoding gives next."""
     last: mx.array | None = None
     for logits in chunks(model, cache, tokens, chunk):
         last = logits[-1]
@@ -85,7 +85,7 @@ class NamedModel:
 
     @property
     def where(self) -> str:
-        """The path as reports and files name it, the same on every machine for the bundled model."""
+        """The path in reports and files, which is the same on every machine for the bundled model."""
         return BUNDLED if self.path == str(MODEL) else self.path
 
     @classmethod
@@ -110,8 +110,10 @@ class NamedModel:
 
 
 def fingerprint(target: NamedModel, kv: str) -> str:
-    """Of a configuration's files: names, sizes and times of a model folder's, the text of a scheme's. A model that
-    is no folder here counts by its name."""
+    """A digest that changes with a configuration's files: a model folder's names, sizes and times, a scheme's text.
+
+    A model that is no folder on this machine counts by its name.
+    """
     folder, digest = Path(target.path), hashlib.sha256(target.where.encode())
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.suffix in (".safetensors", ".json", ".jinja"):
@@ -123,7 +125,7 @@ def fingerprint(target: NamedModel, kv: str) -> str:
 
 
 def dtype_of(model: Any) -> str:
-    """What most of a model's parameters are in."""
+    """The name of the dtype that most of a model's parameters have."""
     sizes: dict[mx.Dtype, int] = {}
     parameters: Any = mlx.utils.tree_flatten(model.parameters())
     for _, p in parameters:

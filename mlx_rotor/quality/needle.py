@@ -88,10 +88,10 @@ def found(model: Any, cache: Cache, trial: Needle, chunk: int) -> bool:
     answer is read from. The right token is fed each time: as long as all were right that *is* greedy decoding, and
     the first wrong one ends the trial.
     """
-    said = prefill(model, cache, trial.prompt, chunk)
+    chosen = prefill(model, cache, trial.prompt, chunk)
     for i, token in enumerate(trial.answer):
-        if said != token:
+        if chosen != token:
             return False
         if i + 1 < len(trial.answer):
-            said = step(model, cache, token)
+            chosen = step(model, cache, token)
     return True

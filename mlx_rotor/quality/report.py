@@ -60,7 +60,10 @@ def _tally(tally: Tally | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the rows were measured on and against. `protection`: what the user changed of the schemes' defaults."""
+    """The conditions that all rows share: reference, text and sample.
+
+    `protection`: the schemes' defaults that the user changed. `spool_*`: the file of the reference's log-probabilities.
+    """
 
     reference: str
     reference_path: str
@@ -86,7 +89,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Report:
-    """`seconds`: what measuring the rows took, all together; `missing`: rows asked for and not measured yet."""
+    """A comparison. `seconds`: the time of all rows together; `missing`: rows asked for and not measured yet."""
 
     conditions: Conditions
     rows: list[ComparisonRow]
@@ -107,7 +110,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """The tables and what they rest on."""
+        """The tables, and notes on the sample, the reference and the machine."""
         columns = [c for c in _COLUMNS if c != _GREEDY or self.conditions.greedy]
         parts = [_table(columns, self.rows)]
         cells = list(self.rows[0].needles) + list(self.rows[0].chats)

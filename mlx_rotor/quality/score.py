@@ -42,7 +42,7 @@ class LogProbFile:
         self._map: np.memmap | None = None
 
     def reserve(self, rows: int, vocab: int) -> None:
-        """Says how much will be appended; fails at once if it can't fit."""
+        """Sets the size of the file; fails at once if the disk has no room for it."""
         self.rows, self.vocab = rows, vocab
         self.dtype = np.float32 if rows * vocab * 4 <= FLOAT32_LIMIT else np.float16
         self.bytes = rows * vocab * np.dtype(self.dtype).itemsize
@@ -84,8 +84,8 @@ REPLY_GUESS = 48  # tokens a reply counts for in the progress bar
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference's losses and choices, both [windows, window], its distributions on disk, and what it says
-    after each prompt, `continuations`: [prompts, greedy.TOKENS]."""
+    """The reference's results: losses `nll` in nats and likeliest tokens `top`, both [windows, window], its
+    log-probabilities in a file, and `continuations` [prompts, greedy.TOKENS]."""
 
     nll: np.ndarray
     top: np.ndarray
@@ -107,7 +107,7 @@ def predictions(
 def read_reference(
     model: Any, caches: MeasuredCaches, sample: Sample, chunk: int, log_probs: LogProbFile, advance: Advance
 ) -> Reference:
-    """Runs windows and prompts and keeps what every other configuration is compared with."""
+    """Runs the reference over windows and prompts, and keeps its results for every other configuration."""
     nll, top = keep(predictions(model, caches, sample, chunk), sample, log_probs, advance)
     continued = greedy.continuations(model, caches.new_rows, sample.prompts, chunk, advance)
     return Reference(nll, top, log_probs, continued)
@@ -170,7 +170,7 @@ def compare_predictions(
 def score_greedy(
     model: Any, caches: MeasuredCaches, sample: Sample, chunk: int, reference: Reference, advance: Advance
 ) -> Greedy | None:
-    """How long the continuations are the reference's; None without prompts."""
+    """The greedy divergence from the reference; None without prompts."""
     if not len(sample.prompts):
         return None
     return greedy.follow(model, caches.new_rows, sample.prompts, reference.continuations, chunk, advance)
@@ -210,7 +210,7 @@ def row_tokens(sample: Sample) -> int:
 
 
 def reference_tokens(sample: Sample) -> int:
-    """Tokens of work in what every row is compared with."""
+    """Tokens of work in windows and prompts, which every row has."""
     return window_tokens(sample) + len(sample.prompts) * (greedy.PROMPT + greedy.TOKENS)
 
 

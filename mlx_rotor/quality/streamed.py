@@ -34,7 +34,7 @@ WINDOWS_ONLY = Size(16, 512, needles=0, lengths=(), depths=(), chats=0, asked=fr
 BATCH = 8192  # tokens run through a layer at once: it reads its experts once for them all
 ROWS = 64  # tokens whose distributions are compared at once
 
-Progress = Callable[[str, int, int], None]  # what runs, layers done, layers in all
+Progress = Callable[[str, int, int], None]  # the checkpoint's name, layers done, layers in all
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Quality:
 
 
 def check_runnable(source: str | Path, texts: Sequence[Domain], size: Size = WINDOWS_ONLY) -> None:
-    """RotorError for what would stop `SourceReference` of these, at once: texts, tokenizer, architecture."""
+    """Raises at once the RotorError that `SourceReference` of these would end with: texts, tokenizer, architecture."""
     folder = Path(source)
     config, weights = parameters_of(folder)
     words = tokenizer(folder)
@@ -73,7 +73,7 @@ def check_runnable(source: str | Path, texts: Sequence[Domain], size: Size = WIN
 
 
 class SourceReference:
-    """The source's distributions on the texts' windows, on disk, and any number of checkpoints measured against them.
+    """The source's log-probabilities on the texts' windows, in files, for comparing any number of checkpoints with it.
 
     A context manager: the temporary files go with it.
     """
@@ -120,7 +120,7 @@ class SourceReference:
             raise
 
     def compare(self, folder: str | Path) -> tuple[Quality, ...]:
-        """A checkpoint's quality on each text.
+        """Compares the checkpoint in `folder` with the source, on each text.
 
         Raises:
             RotorError: no checkpoint there, or one with another tokenizer or vocabulary.
@@ -147,7 +147,7 @@ class SourceReference:
         return tuple(found)
 
     def _run(self, folder: Path) -> Iterator[score.Predictions]:
-        """A model's predictions on each text's windows, in order; each must be used up before the next."""
+        """Yields a model's predictions on each text's windows; each must be used up before the next."""
         if self.whole:
             evaluated = EvaluatedModel(NamedModel(folder.name, str(folder)))
             caches = MeasuredCaches(evaluated, EXACT, {})

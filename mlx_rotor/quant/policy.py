@@ -62,9 +62,15 @@ KV_CODECS = ("fp8",)  # those with a scale to calibrate
 
 @dataclass(frozen=True)
 class Rule:
-    """`layers` None: all of them. `names` empty: all modules. `specs` in order of preference; empty: keep.
+    """One [[rule]] of a policy.
 
-    `where_possible`: what has no quantized form is kept, and no error.
+    Attributes:
+        roles: that it speaks of.
+        layers: that it covers; None for all.
+        names: patterns of module paths, of which one must match; empty for all modules.
+        specs: in order of preference; empty to keep the source's precision.
+        fit: whatever the job's is; empty where the job decides.
+        where_possible: a module without a quantized form is kept instead of being an error.
     """
 
     roles: tuple[str, ...]
@@ -77,9 +83,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """`floors`: role -> least bits. `budget`: what its specs are to be solved for. `digest`: sha256 of the TOML text,
-    for provenance. `awq`: the power of the inputs' size that is folded into what experts read; 0: none. `kv`: the KV
-    codec whose scales are to be calibrated; empty: none."""
+    """A parsed policy.
+
+    Attributes:
+        rules: of which the first that covers a weight decides.
+        digest: sha256 of the TOML text, for provenance.
+        floors: role -> least bits.
+        budget: the size that its specs are solved for; None where the rules stand as they are.
+        awq: the power of the inputs' size that scale folding moves into what experts read; 0 for none.
+        kv: the KV codec whose scales are calibrated; empty for none.
+    """
 
     name: str
     description: str
@@ -147,6 +160,10 @@ def load(name: str | Path) -> Policy:
 
     Raises:
         RotorError: unknown name, unreadable file, or anything in it that is not understood.
+
+    Example:
+        >>> load("config-i").rules[0].roles
+        >>> load("mine.toml").floors
     """
     path = FOLDER / f"{name}.toml" if str(name) in shipped() else Path(name)
     if not path.is_file():

@@ -40,16 +40,24 @@ Progress = Callable[[str, int, int], None]  # what runs, steps done, steps in al
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint is made by.
+    """All that a checkpoint is made by.
 
     Attributes:
-        budget: what the bits are solved for; None: the policy's own, or its rules as they stand.
-        sensitivities: file with what each weight's bits are worth; measured and written if it isn't there and there is
-            a calibration text. None: the prior.
-        calibration: BUNDLED, or a text file; empty: none. `sequences` and `length` of it, None: by the model's size.
-        imatrix: llama.cpp's, in place of a calibration.
+        policy: which weights get which spec.
+        fit: fast, search or best; a policy's rule may say otherwise.
+        budget: the size that bits are solved for; None: the policy's own, or its rules as they stand.
+        sensitivities: file with the cost of each weight's bits; measured and written if it isn't there and there is a
+            calibration text. None: the prior.
+        calibration: BUNDLED, or a text file; empty: none.
+        sequences, length: of the text: how many sequences, of how many tokens each; None: by the model's size.
+        imatrix: llama.cpp's importance matrix, in place of a calibration.
         scale_folding: of FOLDINGS: whose inputs are evened out before the fit, exactly.
         rescale: bring experts whose intermediate values overflow float16 back into its range, exactly.
+        shard_bytes: of a weight file at most.
+
+    Example:
+        >>> recipe = Recipe(policy.load("rotor"), budget=Budget(bits_per_weight=3.5), calibration="bundled")
+        >>> recipe.plan(read_config(folder)).total()
     """
 
     policy: Policy

@@ -33,7 +33,7 @@ def read(kind="chat", **body):
     return OpenAIReader(str(MODEL)).read(kind, json.dumps(body).encode())
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(st.sampled_from(["chat", "text"]), st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.booleans())
 def test_anything_is_read_or_refused(kind, body, complete):
     if complete:

@@ -1,4 +1,4 @@
-"""One run of a quantize job: what is left of it, layer by layer, in the journal as it gets done."""
+"""One run of a quantize job: carries out what is left of its plan, layer by layer, and writes the journal."""
 
 from __future__ import annotations
 
@@ -32,9 +32,16 @@ GuideFactory = Callable[[Checkpoint, Plan, Path], Guide]  # with the work folder
 
 @dataclass(frozen=True)
 class Result:
-    """`errors`: role -> |w - stored| / |w| over the `measured` share of all weights. `files`: the weight files' names.
+    """What a job made.
 
-    `resumed`: how many units an earlier run had finished.
+    Attributes:
+        plan: that it carried out.
+        out: the folder.
+        files: names of the weight files.
+        source_bytes: of the source's tensors.
+        seconds: that this run took.
+        errors: role -> |w - stored| / |w| over the `measured` share of all weights.
+        resumed: units that an earlier run had finished.
     """
 
     plan: Plan

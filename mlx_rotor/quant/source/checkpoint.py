@@ -113,7 +113,13 @@ def companions(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Headers of a checkpoint's safetensors files: `tensors` by name, and the FP8 block (rows, columns)."""
+    """A checkpoint whose headers were read.
+
+    Attributes:
+        folder: with config.json, tokenizer and the like.
+        tensors: by name.
+        block: rows and columns that share a factor in FP8 tensors.
+    """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]

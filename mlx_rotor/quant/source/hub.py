@@ -46,7 +46,7 @@ class _Quiet(tqdm):  # type: ignore[misc]
 
 
 class Repository:
-    """One commit of a repository; see `origin.Source`."""
+    """One commit of a repository, a `Source`. `place` comes before the first tensor is read."""
 
     def __init__(self, name: str, commit: str, folder: Path, shards: Sequence[Shard]) -> None:
         self.name, self.commit, self.folder = name, commit, folder
