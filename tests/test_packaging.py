@@ -127,7 +127,7 @@ def test_the_installed_command_runs_elsewhere(installed, tmp_path):
 def test_the_installed_package_reads_its_own_kernels(installed, tmp_path):
     code = """
 import json, mlx_rotor
-from mlx_rotor.kernels import source
+from mlx_rotor.kernels import metal as source
 digests = {name: source.load(name).digest for name in source.names()}
 print(json.dumps([mlx_rotor.__file__, str(source.root()), digests]))
 """
