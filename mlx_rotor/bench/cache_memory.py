@@ -1,4 +1,4 @@
-"""Memory in the two places where compressed caches elsewhere lose what they save: reading a prompt, and sharing one."""
+"""Memory of a compressed cache in the two places where savings are easily lost: reading a prompt, and sharing one."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Distortion:
 
     @property
     def decibels(self) -> float:
-        """How far the error is above the bound; -inf without an error."""
+        """The error's distance above the bound; -inf without an error."""
         return 10 * math.log10(self.error / self.bound) if self.error else -math.inf
 
     def to_dict(self) -> dict[str, Any]:

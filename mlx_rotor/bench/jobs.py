@@ -36,7 +36,7 @@ from .synthetic_layer import BLOCK, CHOSEN, DIMENSIONS, make_checkpoint, tensors
 
 EXPERTS = (8, 16)  # of the calibrated runs: memory is to be the same
 
-# What config-i stores a layer in the middle of the model with; by its own rules an only layer is an end.
+# Config-I's bits for layers in the middle of a model; by its own rules a single layer is at an end.
 POLICY = """
 description = "config-i's middle layers"
 [[rule]]
@@ -83,14 +83,17 @@ class Speed:
         return job.mb_per_second / self.bare.mb_per_second
 
     def cpu_ratio(self, job: Run) -> float:
-        """The same by CPU seconds, which other work on the machine leaves as they are."""
+        """The same by CPU seconds, which don't depend on other work on the machine."""
         return self.bare.cpu_seconds / job.cpu_seconds
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibrated job on a layer of `experts`, of which each token goes to `chosen`: wall and CPU seconds of all of
-    it, peak resident bytes when the text had been run and in the end, and the largest size of the work files."""
+    """A calibrated job on a layer of `experts`, of which each token goes to `chosen`.
+
+    Wall and CPU seconds of the whole job, peak resident bytes after the text was run and at the end, and the largest
+    size of the work files.
+    """
 
     experts: int
     chosen: int
@@ -171,7 +174,7 @@ def _run(where: Path, total: int, what: str, fit: str, workers: int) -> Run:
 
 
 def _process(where: Path, what: str, fit: str, workers: int, *more: str) -> list[float]:
-    """Runs one of the functions below in a process of its own; what it says."""
+    """Runs one of the functions below in a process of its own; returns the numbers that it prints."""
     out = where / "out"
     code = f"from {__name__} import _{what} as run; run()"
     device = mx.default_device().type.name
@@ -252,7 +255,7 @@ def _say(started: float, workers: int, *more: int) -> None:
 
 
 def _peak() -> int:
-    """Most bytes that were resident in this process so far."""
+    """The peak of this process's resident bytes so far."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux counts what the process was before it became this one
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)

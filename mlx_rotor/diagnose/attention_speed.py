@@ -41,7 +41,7 @@ class AttentionTiming:
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than fp16."""
+        """The speed over fp16's."""
         return self.fp16_ms / self.ours_ms if self.fp16_ms and self.ours_ms else None
 
     def to_dict(self) -> dict[str, Any]:

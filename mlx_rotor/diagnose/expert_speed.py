@@ -57,7 +57,6 @@ WARM_UP = 2
 NOISE = 1.03  # stock has to be that much faster to be preferred
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
-
 MODELS = (MINIMAX, QWEN3, GPT_OSS, MIXTRAL)
 TRIPLES: tuple[Triple, ...] = (AFFINE_2_3, AFFINE_3, AFFINE_4, LLOYD_2_3, LLOYD_3_4, IQ4_NL)
 
@@ -75,7 +74,7 @@ class ExpertTiming:
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than stock."""
+        """The speed over stock's."""
         return self.stock_ms / self.fused_ms if self.stock_ms and self.fused_ms else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..errors import RotorError
 from ..kernels import check_results, launch, metal
 from ..quality.machine import machine
 
-# What kernels do, the operation of `mlx_rotor.kernels` that runs it, and its Metal source.
+# A kernel's work -> the operation of `mlx_rotor.kernels` that runs it, and its Metal source.
 OPERATIONS = {
     "encode": ("encode", "attention/encode.h"),
     "attend, decode": ("attend", "attention/decode.h"),
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Operation:
-    """Which backend runs an operation, and why; `refused`: its checks that failed here, whose kernels are refused."""
+    """The backend that runs an operation, and why; `refused`: checks that failed here, so that it is refused."""
 
     name: str
     backend: str
@@ -70,6 +70,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
+    """Looks at this machine and installation; nothing is computed by kernels."""
     info = mx.device_info()
     refused, kernel_finding = _check_results()
     backend, why, backend_finding = _backend()

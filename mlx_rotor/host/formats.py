@@ -99,7 +99,7 @@ def _wrap(module: ModuleType) -> None:
 
 
 def install_reader() -> None:
-    """Wraps mlx_lm's functions, now or when it is imported; again does nothing."""
+    """Wraps mlx_lm's functions, now or when it is imported; a second call does nothing."""
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)
     if MODULE in sys.modules:
@@ -189,7 +189,7 @@ def _sharded(sharding: str) -> Any:
 
 
 def install() -> None:
-    """Puts the wrappers in place; again does nothing."""
+    """Puts the wrappers in place; a second call does nothing."""
     if installed():
         return
     nn.quantize = _quantize

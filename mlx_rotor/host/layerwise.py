@@ -1,4 +1,4 @@
-"""Any architecture of mlx_lm one layer at a time, in float32, holding the weights of that layer's dense parts only.
+"""Runs any architecture of mlx_lm one layer at a time, in float32, with that layer's dense weights alone in memory.
 
 The model's own code runs: its layers are exchanged for stand-ins that record how each is called, and each real layer
 is then called the same way. Nothing here knows an architecture.
@@ -31,18 +31,20 @@ class Parameters(Protocol):
     """The model's parameters by their path in the module tree, float32."""
 
     def names(self) -> Collection[str]:
-        """Those there are."""
+        """The parameters that are there."""
 
     def whole(self, name: str) -> mx.array:
-        """In the shape the model has it."""
+        """A parameter in the shape that the model has it."""
 
     def part(self, name: str, expert: int) -> mx.array:
         """One expert's matrix of a stack."""
 
 
 class _StandIn:
-    """In the place of a layer. Answers for it in everything but the call, which it records and hands on; models ask
-    their layers' class, too, for what to call them with."""
+    """A stand-in for a layer, which records the call and passes the hidden states on.
+
+    Every other attribute is the layer's, its class included: models ask for it to know what to call a layer with.
+    """
 
     def __init__(self, layer: Any, given: mx.array | None = None) -> None:
         self._layer, self._given = layer, given
@@ -122,7 +124,7 @@ class Layerwise:
 
     @contextmanager
     def start(self) -> Iterator[Run]:
-        """With what comes before the layers in place: tokens [B, L] -> the first layer's hidden states."""
+        """A context with the model's start in place; yields tokens [B, L] -> the first layer's hidden states."""
         with self._in_place(n for n in self._outside() if n not in self._heads()):
 
             def run(tokens: mx.array) -> mx.array:
@@ -165,8 +167,10 @@ class Layerwise:
 
     @contextmanager
     def end(self, watch: Watch | None = None, watched: tuple[str, ...] = ()) -> Iterator[Run]:
-        """With what comes after the layers in place: their last hidden states [B, L, ..] -> logits [B, L, vocab],
-        not evaluated. `watched`: as for a layer."""
+        """A context with the model's end in place; yields the last hidden states [B, L, ..] -> logits [B, L, vocab].
+
+        Logits are not evaluated. `watched`: as for a layer.
+        """
         embeddings, heads = self._embeddings(), self._heads()
         tied = not heads
 
@@ -202,7 +206,7 @@ class Layerwise:
             self.model.sanitize({name: array for name, array in lazy if name in there})
 
     def _recorded(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What each layer is called with beside hidden states."""
+        """The arguments that each layer is called with beside hidden states."""
         runs = [self._through(mx.full((1, length), token, dtype=mx.int32)) for token in (0, 1)]
         calls = []
         for first, second in zip(*runs, strict=True):
@@ -214,7 +218,7 @@ class Layerwise:
         return calls
 
     def _check(self, a: Any, b: Any, length: int) -> None:
-        """Refuses an argument that may depend on the tokens: one run's would be wrong for the next."""
+        """Refuses an argument that may depend on the tokens: recorded for some, it would be wrong for others."""
         if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
             for inner in zip(a, b, strict=True):
                 self._check(*inner, length)

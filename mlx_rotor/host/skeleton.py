@@ -34,7 +34,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
         raise RotorError(f"config.json: model_type {model_type!r} is not one mlx_lm has: {e}") from e
     try:
         return model_class(args_class.from_dict(dict(config)))
-    except Exception as e:  # each architecture checks, or trips over, its own keys
+    except Exception as e:  # each architecture fails on its own keys
         raise RotorError(f"config.json: mlx_lm can't make a {model_type} of it: {e}") from e
 
 
@@ -49,7 +49,7 @@ def takes_formats(module: Any) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | SwitchLinear | MultiLinear)
 
 
-# What mx.load makes of safetensors dtypes. FP8 comes as bytes.
+# The dtypes that mx.load gives safetensors dtypes. FP8 comes as bytes.
 DTYPES = {
     "BOOL": mx.bool_,
     **{"U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64},
@@ -62,7 +62,7 @@ Placeholders = dict[str, mx.array]
 
 
 class StockReader:
-    """mlx_lm's model of a config.json, asked what it would do with weights that are never there.
+    """mlx_lm's loader without weights: what it would make of a checkpoint with given names, shapes and dtypes.
 
     All arrays are lazy and stay so: memory doesn't grow with the model.
 
@@ -85,9 +85,9 @@ class StockReader:
             return weights
         try:
             weights = dict(self.model.sanitize(weights))
-        except Exception as e:  # each architecture trips over its own
+        except Exception as e:  # each architecture fails in its own way
             raise RotorError(f"mlx_lm's sanitize fails with {type(e).__name__}: {e}") from e
-        self.modules = self._leaves()  # some models let go of their head where there are no weights for one
+        self.modules = self._leaves()  # some models drop their head where there are no weights for one
         return weights
 
     def keeps_float32(self, name: str) -> bool:
@@ -130,7 +130,7 @@ class StockReader:
         return failed
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """What the loader expects the weights to be: every name, and its shape."""
+        """The weights that the loader expects: every name, and its shape."""
         return parameters(self.model)
 
     def _leaves(self) -> dict[str, nn.Module]:

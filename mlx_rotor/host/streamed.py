@@ -49,8 +49,10 @@ def linears(path: str, layer: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def attention() -> Iterator[None]:
-    """While it lasts, attention that MLX would compute on the CPU goes one head at a time: the scores of 48 heads of
-    2048 tokens would take 0.8 GB a sequence."""
+    """A context in which attention on the CPU is computed one head at a time.
+
+    The scores of 48 heads of 2048 tokens would take 0.8 GB a sequence.
+    """
     stock = mx.fast.scaled_dot_product_attention
 
     def attend(q: mx.array, k: mx.array, v: mx.array, *args: Any, **named: Any) -> mx.array:
@@ -133,12 +135,14 @@ class StreamedExperts(nn.Module):
         return out[back].reshape(*shape, -1)
 
     def output(self, expert: int, x: mx.array) -> mx.array:
-        """What one expert makes of x [n, K]: [n, rows of down]."""
+        """One expert's output for x [n, K]: [n, rows of down]."""
         return self._product("down_proj", expert, self.intermediate(expert, x))
 
     def intermediate(self, expert: int, x: mx.array, **weights: mx.array) -> mx.array:
-        """The input of an expert's down projection, [n, rows of gate]. `weights`: gate_proj or up_proj in place of
-        those that are read."""
+        """The input of an expert's down projection, [n, rows of gate].
+
+        `weights`: matrices to use for gate_proj or up_proj instead of reading them.
+        """
         gate, up = (self._product(name, expert, x, weights.get(name)) for name in PROJECTIONS[:2])
         out: mx.array = self._activation(up, gate)
         return out

@@ -19,9 +19,10 @@ FORMAT, VERSION = "mlx_rotor evaluation", 1
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One configuration. `change` (of the perplexity), `divergence` and `greedy` are None for the reference itself.
+    """One configuration: a model under a KV scheme.
 
-    `fingerprint` is that of its files, see `evaluated.fingerprint`.
+    `change` (of the perplexity), `divergence` and `greedy` are None for the reference itself. `fingerprint` tells
+    whether files have changed, see `model.fingerprint`.
     """
 
     label: str

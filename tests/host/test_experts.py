@@ -88,7 +88,7 @@ def test_our_formats(name, monkeypatch):
     assert "3-bit lloyd/4-bit iq4_nl/8-bit q8" in report.describe()
 
 
-@pytest.mark.parametrize("policy", ["config-i", "mq3-lloyd"])
+@pytest.mark.parametrize("policy", ["config-i", pytest.param("mq3-lloyd", marks=pytest.mark.nightly)])
 def test_the_logits_of_the_bundled_model_quantized(policy, tmp_path, monkeypatch):
     out = tmp_path / policy
     assert command.run(quantize.main, ["--policy", policy, "--fit", "fast", "--out", str(out)]) == 0

@@ -19,7 +19,7 @@ NAMES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.ui
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_every_architecture_is_read_as_mlx_lm_reads_it(packed, tmp_path):
     read = 0
     for model_type in zoo.architectures():
