@@ -42,7 +42,7 @@ def agree(q, segments, options=None, **how) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("pair", [*thinned(PAIRS, 5), *MIXED], ids="-".join)
+@pytest.mark.parametrize("pair", [*thinned(PAIRS, 9), *MIXED], ids="-".join)
 def test_every_pair_of_codecs(pair):
     agree(*problem(pair, 128, 127))
 

@@ -53,7 +53,7 @@ def off(side, start, stop):
 
 
 @needs_kernels
-@pytest.mark.parametrize("at", thinned(range(len(SCALED)), 2), ids=lambda i: SCALED[i])
+@pytest.mark.parametrize("at", thinned(range(len(SCALED)), 4), ids=lambda i: SCALED[i])
 def test_every_codec(at):
     c = codec.get(SCALED[at], HEAD_DIMS[at % len(HEAD_DIMS)])
     x, mean = offset(70, c.dim, 3)

@@ -46,7 +46,7 @@ def agree(q, segments, options=None, **how) -> None:
 @needs_kernels
 @pytest.mark.parametrize(
     ("pair", "dim", "dtype", "span", "centred"),
-    thinned(CASES, 2, spread=True),
+    thinned(CASES, 3, spread=True),
     ids=[f"{'-'.join(c[0])}-{c[1]}-{c[3]}" for c in CASES],
 )
 def test_codecs_dimensions_dtypes_and_spans(pair, dim, dtype, span, centred):

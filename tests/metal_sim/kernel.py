@@ -81,8 +81,9 @@ class Kernel:
             return f"source:{inside}" if inside > 0 else f"header:{line}"
 
         text = rewrite(made.text)
+        written = len("\n".join(text.split("\n")[: self.header.count("\n")]))
         text += "\n" + entry_point(made.text, made.name, [template_argument(value) for _, value in template])
-        if options.lint and (wrong := lint(text, made.text.count("\n") + 1)):
+        if options.lint and (wrong := lint(text, made.text.count("\n") + 1, written)):
             raise CompileError("\n".join(f"{label(line)}: {message}" for line, message in wrong))
 
         buffers = [b for name, a in named for b in self._input(name, a)]

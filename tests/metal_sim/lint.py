@@ -22,8 +22,12 @@ PLACED = ("line:", f"{build.KERNEL_FILE}:", ".h:", ".clcpp:")
 DUMP = ["-Xclang", "-ast-dump", "-fno-color-diagnostics"]
 
 
-def lint(text: str, last_line: int) -> list[tuple[int, str]]:
-    """(line, what is wrong) in rewritten source `text`; lines after `last_line` are the simulator's own."""
+def lint(text: str, last_line: int, written: int = 0) -> list[tuple[int, str]]:
+    """(line, what is wrong) in rewritten source `text`; lines after `last_line` are the simulator's own.
+
+    Of texts that are equal in their first `written` characters, and behind these but for the digits of numbers, such as
+    template arguments, only one is looked at.
+    """
 
     def make(path: Path) -> None:
         (path.parent / build.KERNEL_FILE).write_text(text)
@@ -31,7 +35,8 @@ def lint(text: str, last_line: int) -> list[tuple[int, str]]:
         said = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
         path.write_text(json.dumps([*_messages(said.stderr), *_nodes(said.stdout)]))
 
-    key = f"lint {Path(__file__).read_text()}\n{build.front_end('fast')}\n{text}"
+    same = text[:written] + re.sub(r"\d+", "0", text[written:])
+    key = f"lint {Path(__file__).read_text()}\n{build.front_end('fast')}\n{same}"
     found = json.loads(build.kept(key, ".json", make).read_text())
     return list(dict.fromkeys((line, message) for line, message in found if line <= last_line))
 

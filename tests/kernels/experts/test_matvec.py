@@ -13,7 +13,7 @@ from mlx_rotor.kernels.experts.few_rows import matvec
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", thinned(EVERY, 4), ids=lambda name: "-".join(map(str, name)))
+@pytest.mark.parametrize("name", thinned(EVERY, 6), ids=lambda name: "-".join(map(str, name)))
 def test_every_format(name):
     columns = 2 * max(name[2], 32)
     agree(matmul_off, normal(1, columns), weights(name, (33,), columns, bias=True))

@@ -63,8 +63,9 @@ CALLS = {
 def test_a_launch_is_planned_once_for_a_shape_and_a_dtype(name, layer, launched, monkeypatch):
     layer.append(weights(NAME, (8,), 64))
     module, call = CALLS[name]
-    planned, plan = [], module._planned
-    monkeypatch.setattr(module, "_planned", lambda *how: planned.append(how) or plan(*how))
+    plans = {"gate_up": "_gate_up_planned", "down": "_down_planned", "matmul": "_matvec_planned"}[name]
+    planned, plan = [], getattr(module, plans)
+    monkeypatch.setattr(module, plans, lambda *how: planned.append(how) or plan(*how))
     for _ in range(3):
         call(layer, normal(1, 64))
     assert len(planned) == 1 and len(launched) == 3

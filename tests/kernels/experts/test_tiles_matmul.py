@@ -12,7 +12,7 @@ from tile_cases import EVERY, agree, dense_off, packed, rows_of
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", thinned(EVERY, 2), ids=lambda name: "-".join(map(str, name)))
+@pytest.mark.parametrize("name", thinned(EVERY, 3), ids=lambda name: "-".join(map(str, name)))
 def test_every_format(name):
     columns = max(name[2], 64)
     agree(dense_off, rows_of(20, columns), packed(name, 40, columns=columns))

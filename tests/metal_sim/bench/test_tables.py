@@ -53,7 +53,7 @@ def test_the_table_of_attention(capsys, monkeypatch):
     assert 0 < ours["line_use"] <= 1 and all(t > 0 for t in ours["predicted"].values())
     # One query head a KV head: an FMA for its score, one for its output, and those of two levels.
     assert 4 < ours["operations"]["fma"] < 8
-    assert bench.main(["--schemes", "trellis3", *small]) == 0
+    assert bench.main(["--schemes", "turbo4v2", *small]) == 0
     printed = capsys.readouterr().out
     assert "No measurement" in printed and "threadgroup" in printed
 
