@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from .cache import DEFAULT, EXACT, parse
 from .cli.arguments import Parser, seed
 from .cli.command import run
 from .errors import RotorError
+from .tables import size
+from .tables import text as aligned
 
+Say = Callable[..., None]
 DEPTH = 0.3
 MIN_PROMPT, MAX_PROMPT = 200, 6000
 
@@ -106,64 +110,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RotorError(f"--prompt-tokens must be between {MIN_PROMPT} and {MAX_PROMPT}")
     if args.max_tokens < 1:
         raise RotorError("--max-tokens must be 1 or more")
-    from .cli.quantize_output import Bars
-    from .host import load
-    from .quality.compare import compare
-    from .quality.sample import Size
-    from .quant import policy, quantize
-
     if parse(args.kv) is None:
         raise RotorError(f"--kv {EXACT} compresses nothing: there is nothing to show")
-    show = not args.json
-    say = print if show else (lambda *_: None)
+    say: Say = (lambda *_: None) if args.json else print
     began = time.monotonic()
     with _folder(args.out) as out:
-        say(f"1. Quantize the bundled MiniMax-M2 (FP8, {_size(MODEL) / 1e6:.2f} MB) with policy {args.policy}")
-        with Bars() as bars:
-            result = quantize(MODEL, out, policy.load(args.policy), progress=bars.event if show else None)
-        plan = result.plan
-        say(
-            f"   {result.source_bytes / 1e6:.2f} MB -> {plan.nbytes / 1e6:.2f} MB, "
-            f"{plan.bits_per_weight:.4f} bits a weight, {result.seconds:.1f} s"
-        )
-
-        say(
-            f"\n2. Generate: {args.prompt_tokens} tokens of Python with a code hidden in them, then a question about it"
-        )
-        model, tokenizer = load(out)
-        story = _story(tokenizer, args.prompt_tokens, args.seed)
-        runs = [_tell(model, tokenizer, kv, story, args.max_tokens, show) for kv in (EXACT, args.kv)]
-        del model
-        say(f"\n{'KV':>12} {'held':>10} {'as fp16':>10} {'prompt':>11} {'generation':>11}  code {story.code}")
-        for r in runs:
-            say(
-                f"{r['kv_scheme']:>12} {r['kv_bytes'] / 1e6:>7.2f} MB {r['kv_bytes_fp16'] / 1e6:>7.2f} MB "
-                f"{r['prompt_tps']:>5.0f} tok/s {r['generation_tps']:>5.0f} tok/s  "
-                f"{'found' if r['code_found'] else 'missed'}"
-            )
-        if runs[0]["kv_bytes"] > 1.8 * runs[0]["kv_bytes_fp16"]:
-            say("The CPU backend computes in float32: exact tokens take twice a Mac's bytes; a Mac's speed is another.")
-
-        report = None
-        if not args.skip_evaluate:
-            say("\n3. What it cost, on a small sample (`mlx_rotor evaluate` measures more)")
-            size = Size(4, 512, needles=3, lengths=(512,), depths=(0.1, 0.5, 0.9), chats=0)
-            report = compare(
-                [f"FP8 source={MODEL}", f"{args.policy}={out}"], [EXACT, args.kv], size=size, progress=show
-            )
-            say(report.markdown())
+        found = _quantized(args, out, say) | _generated(args, out, say)
+        found["evaluate"] = None if args.skip_evaluate else _evaluated(args, out, say)
         if args.out is not None:
             say(f"The quantized model is in {out}; stock mlx_lm runs it: mlx_lm.generate --model {out}")
         say(f"{time.monotonic() - began:.0f} s in all")
     if args.json:
-        found = {"policy": args.policy, "source_bytes": result.source_bytes, "bytes": plan.nbytes}
-        found |= {"bits_per_weight": plan.bits_per_weight, "runs": runs, "evaluate": report and report.to_dict()}
         print(json.dumps(found))
     return 0
 
 
-def _size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+def _quantized(args: argparse.Namespace, out: Path, say: Say) -> dict[str, Any]:
+    """The first part: the bundled model by the policy, into `out`. Returns its sizes in bytes."""
+    from .cli.quantize_output import Bars
+    from .quant import policy, quantize
+
+    stored = sum(f.stat().st_size for f in MODEL.glob("*.safetensors"))
+    say(f"1. Quantize the bundled MiniMax-M2 (FP8, {size(stored)}) with policy {args.policy}")
+    with Bars() as bars:
+        result = quantize(MODEL, out, policy.load(args.policy), progress=None if args.json else bars.event)
+    plan = result.plan
+    say(
+        f"   {result.source_bytes / 1e6:.2f} MB -> {plan.nbytes / 1e6:.2f} MB, "
+        f"{plan.bits_per_weight:.4f} bits a weight, {result.seconds:.1f} s"
+    )
+    sizes = {"source_bytes": result.source_bytes, "bytes": plan.nbytes, "bits_per_weight": plan.bits_per_weight}
+    return {"policy": args.policy, **sizes}
+
+
+def _generated(args: argparse.Namespace, out: Path, say: Say) -> dict[str, Any]:
+    """The second part: one story through exact and through compressed KV. Returns the figures of both runs."""
+    from .host import load
+
+    say(f"\n2. Generate: {args.prompt_tokens} tokens of Python with a code hidden in them, then a question about it")
+    model, tokenizer = load(out)
+    story = _story(tokenizer, args.prompt_tokens, args.seed)
+    runs = [_tell(model, tokenizer, kv, story, args.max_tokens, not args.json) for kv in (EXACT, args.kv)]
+    rows = [
+        [
+            r["kv_scheme"],
+            size(r["kv_bytes"]),
+            size(r["kv_bytes_fp16"]),
+            f"{r['prompt_tps']:.0f} tok/s",
+            f"{r['generation_tps']:.0f} tok/s",
+            "found" if r["code_found"] else "missed",
+        ]
+        for r in runs
+    ]
+    titles = ["KV", "held", "as fp16", "prompt", "generation", f"code {story.code}"]
+    say(f"\n{aligned(titles, rows, left=(0, 5))}")
+    if runs[0]["kv_bytes"] > 1.8 * runs[0]["kv_bytes_fp16"]:
+        say("The CPU backend computes in float32: exact tokens take twice a Mac's bytes; a Mac's speed is another.")
+    return {"runs": runs}
+
+
+def _evaluated(args: argparse.Namespace, out: Path, say: Say) -> dict[str, Any]:
+    """The third part: both models and both caches compared. Returns the report as data."""
+    from .quality.compare import compare
+    from .quality.sample import Size
+
+    say("\n3. What it cost, on a small sample (`mlx_rotor evaluate` measures more)")
+    sample = Size(4, 512, needles=3, lengths=(512,), depths=(0.1, 0.5, 0.9), chats=0)
+    models = [f"FP8 source={MODEL}", f"{args.policy}={out}"]
+    report = compare(models, [EXACT, args.kv], size=sample, progress=not args.json)
+    say(report.markdown())
+    return report.to_dict()
 
 
 if __name__ == "__main__":

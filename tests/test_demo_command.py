@@ -36,6 +36,9 @@ def test_people_see_the_three_parts(capsys, monkeypatch):
         def markdown(self):
             return "the table"
 
+        def to_dict(self):
+            return {}
+
     monkeypatch.setattr(
         "mlx_rotor.quality.compare.compare", lambda models, kv, **_: evaluated.append((models, kv)) or Report()
     )
