@@ -53,19 +53,18 @@ def layer():
 
 
 CALLS = {
-    "gate_up": (few_rows, lambda w, x: gate_up(x, w[0], w[1], CHOSEN, "swiglu")),
-    "down": (few_rows, lambda w, x: down(mx.tile(x[:, None, :32], (1, 3, 3)), w[2], CHOSEN)),
-    "matmul": (few_rows, lambda w, x: matmul(x, w[3])),
+    "gate_up": ("_gate_up_planned", lambda w, x: gate_up(x, w[0], w[1], CHOSEN, "swiglu")),
+    "down": ("_down_planned", lambda w, x: down(mx.tile(x[:, None, :32], (1, 3, 3)), w[2], CHOSEN)),
+    "matmul": ("_matvec_planned", lambda w, x: matmul(x, w[3])),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_launch_is_planned_once_for_a_shape_and_a_dtype(name, layer, launched, monkeypatch):
     layer.append(weights(NAME, (8,), 64))
-    module, call = CALLS[name]
-    plans = {"gate_up": "_gate_up_planned", "down": "_down_planned", "matmul": "_matvec_planned"}[name]
-    planned, plan = [], getattr(module, plans)
-    monkeypatch.setattr(module, plans, lambda *how: planned.append(how) or plan(*how))
+    function, call = CALLS[name]
+    planned, plan = [], getattr(few_rows, function)
+    monkeypatch.setattr(few_rows, function, lambda *how: planned.append(how) or plan(*how))
     for _ in range(3):
         call(layer, normal(1, 64))
     assert len(planned) == 1 and len(launched) == 3
