@@ -1,4 +1,4 @@
-"""What the commands do, as functions: `mlx_rotor.plan`, `mlx_rotor.quantize`, `mlx_rotor.evaluate`."""
+"""The work of the commands, as functions: `mlx_rotor.plan`, `mlx_rotor.quantize`, `mlx_rotor.evaluate`."""
 
 from __future__ import annotations
 

@@ -210,7 +210,25 @@ def foreign_paths(root: Path) -> list[str]:
     return bad
 
 
+def odd_words(root: Path) -> list[str]:
+    """Words for which the field has others, and module docstrings that begin with a question word."""
+    other = re.compile(r"\b(twins?|sight|verdicts on|(take|takes|taken|taking) off|allotment)\b", re.IGNORECASE)
+    bad = []
+    for file in sources(root / PACKAGE, {".py"}) + sources(root / "kernels_metal", PROSE):
+        text = file.read_text(encoding="utf-8")
+        bad += [
+            f"{file.relative_to(root)}:{number}: {found[0]}"
+            for number, line in enumerate(text.splitlines(), 1)
+            if (found := other.search(line))
+        ]
+        first = (ast.get_docstring(ast.parse(text)) or "").partition(" ")[0] if file.suffix == ".py" else ""
+        if first in ("What", "How", "Which", "Where", "Whether"):
+            bad.append(f"{file.relative_to(root)}:1: begins with {first!r}: say what the module does")
+    return bad
+
+
 RULES = [
+    odd_words,
     upward_imports,
     circles,
     folder_circles,
@@ -317,6 +335,11 @@ def test_the_other_rules_report_what_breaks_them(tmp_path):
     assert unknown_folders(root) == ["mlx_rotor/extras/: the design has no such folder"]
     (root / "README.md").write_text("see ../shared/x\nsee /work/x or\n(/tmp/x)\nsee frame/work/x and ~/tmp/x\n")
     assert foreign_paths(root) == ["README.md:1: ../shared", "README.md:2: /work/", "README.md:3: /tmp/"]
+
+
+def test_odd_words_are_reported(tmp_path):
+    root = tree(tmp_path, {"codec/a.py": '"""How a code is packed."""\n', "codec/b.py": "x = 1  # taken off first\n"})
+    assert [line.split(": ")[1] for line in odd_words(root)] == ["begins with 'How'", "taken off"]
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

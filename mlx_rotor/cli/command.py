@@ -1,4 +1,4 @@
-"""How every command starts, fails and stops, and where it reads and may write. No flags, no logic."""
+"""Every command starts, fails, stops, reads stdin and checks its outputs in the same way. No flags, no logic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `quantize` shows while it works: a bar on a terminal, a line now and then in a log, or JSON lines of events.
+"""The output of `quantize`. While it works: a bar on a terminal, a line now and then in a log, or JSON lines of events.
 
 What `quantize` prints when it is done: the plan as a table, the result as a few lines, or both as JSON's facts.
 """

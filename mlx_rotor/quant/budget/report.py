@@ -1,4 +1,4 @@
-"""Where a plan's bytes go, and plans side by side: the table of `quantize --dry-run --report`.
+"""A summary of where a plan's bytes go, and plans side by side: the table of `quantize --dry-run --report`.
 
 Errors are those of Gaussian weights, so they are known before a weight is read; a job reports the real ones.
 """
