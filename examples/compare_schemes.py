@@ -10,7 +10,7 @@ from mlx_rotor.quality.sample import Size
 
 
 def main(schemes: list[str]) -> None:
-    size = Size(windows=3, window=320, needles=2, lengths=(320,), depths=(0.1, 0.5), chats=0)
+    size = Size(windows=2, window=320, needles=1, lengths=(320,), depths=(0.5,), chats=0)
     report = mlx_rotor.evaluate(kv=schemes, size=size, progress=True)
     for row in report.rows:
         kl = "reference" if row.divergence is None else f"{row.divergence.mean.value:.5f}"

@@ -50,6 +50,7 @@ def test_its_card_holds_the_bars():
     assert exported["needle"] >= 0.95 and exported["chat"] >= 0.9
 
 
+@pytest.mark.nightly
 def test_it_finds_needles(bundled):
     model, tokenizer = bundled
     rng = random.Random("bundled")
@@ -68,6 +69,7 @@ def test_it_finds_needles(bundled):
     assert found >= 5
 
 
+@pytest.mark.nightly
 def test_it_calls_tools_and_answers(bundled):
     model, tokenizer = bundled
     right = 0

@@ -98,7 +98,7 @@ def test_json_holds_the_same(capsys, place):
 def test_without_metal_kernels_says_what_cannot_be_checked(capsys, place):
     assert run(doctor.main, ["--kernels"]) == 0
     out = capsys.readouterr().out
-    assert "No kernel is checked: this machine has no Metal." in out and "python -m pytest tests/kernels" in out
+    assert "No kernel is checked: this machine has no Metal." in out
     assert list(place.iterdir()) == []
     assert run(doctor.main, ["--kernels", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == {"why_not": "this machine has no Metal"}

@@ -232,6 +232,7 @@ def test_overflows_are_told_and_rescaled_if_asked(tmp_path, text, capsys):
 # Stopping and going on
 
 
+@pytest.mark.nightly
 def test_killed_and_resumed_with_all_there_is_the_files_are_the_same(small, tmp_path, text, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = [*("--model", small, "--target-bpw", 5, "--fold", "all", "--shard-size", "100KB"), "--calibration", text]

@@ -69,9 +69,9 @@ def test_eight_at_once_say_what_each_says_alone_and_are_remembered(served):
     assert [r[:2] for r in again] == [r[:2] for r in first]
     assert all(r[2] > 20 for r in again), again
     with running(*KV, "--decode-concurrency", 1, "--prompt-concurrency", 1, "--prompt-cache-size", 0) as alone:
-        one_by_one = [ask(alone.client, chat) for chat in chats()[:4]]
+        one_by_one = [ask(alone.client, chat) for chat in chats()[:2]]
     assert all(r[2] == 0 for r in one_by_one)
-    assert [r[:2] for r in first[:4]] == [r[:2] for r in one_by_one]
+    assert [r[:2] for r in first[:2]] == [r[:2] for r in one_by_one]
     assert all(r[0] for r in first)
 
 
