@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import mlx_rotor
+from grids import thinned
 from mlx_rotor import RotorError
 from mlx_rotor.cache import RotorCache, Scheme
 from mlx_rotor.host import attention, probe, report
@@ -104,7 +105,7 @@ def test_a_cache_of_one_thread_serves_another():
     assert mx.isfinite(logits(model, made[0])).all()
 
 
-@pytest.mark.parametrize("first", ["mlx_rotor.host", "mlx_lm.models.gemma3_text"])
+@pytest.mark.parametrize("first", thinned(["mlx_rotor.host", "mlx_lm.models.gemma3_text"], 2))
 def test_order_of_imports_does_not_matter(first):
     code = f"""
 import importlib

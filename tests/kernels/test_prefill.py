@@ -58,7 +58,7 @@ def agree(q, segments, options=None, **how):
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", thinned(CASES, 2), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[3]}")
+@pytest.mark.parametrize("case", thinned(CASES, 5), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[3]}")
 def test_codecs_head_dimensions_and_dtypes(case):
     agree(*problem(case[:2], case[2], 70, queries=11, dtype=case[3]))
 
@@ -70,7 +70,7 @@ def test_values_of_another_dimension():
 
 
 @needs_kernels
-@pytest.mark.parametrize("length", thinned([0, 1, 31, 32, 33, 127, 1000], [0, 31, 33]))
+@pytest.mark.parametrize("length", thinned([0, 1, 31, 32, 33, 127, 1000], [0, 33]))
 def test_lengths(length):
     agree(*problem(length=length, group=10, dtype=mx.float16, kv_heads=1))
     agree(*problem(length=length, group=10, first=0, recent=33, kv_heads=1))
@@ -82,7 +82,7 @@ def test_lengths(length):
 @needs_kernels
 @pytest.mark.parametrize(
     ("group", "queries"),
-    thinned([(1, 9), (1, 32), (1, 33), (3, 3), (3, 70), (4, 3), (6, 2), (7, 5), (8, 2)], 2, spread=True),
+    thinned([(1, 9), (1, 32), (1, 33), (3, 3), (3, 70), (4, 3), (6, 2), (7, 5), (8, 2)], 4, spread=True),
 )
 def test_query_heads_and_rows(group, queries):
     agree(*problem(group=group, queries=queries, kv_heads=1 if group * queries > 200 else 2))

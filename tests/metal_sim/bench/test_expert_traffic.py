@@ -23,6 +23,7 @@ def test_a_layer_at_minimax_dimensions_moves_little_more_than_it_must():
     assert layer.predicted == layer.operations == {}
 
 
+@pytest.mark.nightly
 def test_what_is_run_is_scaled_to_all():
     one, two = (fused(SMALL, MIXED, run=n) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
@@ -35,6 +36,7 @@ def test_what_is_run_is_scaled_to_all():
     assert layer.facts()["bytes_ratio"] == layer.moved / layer.needed
 
 
+@pytest.mark.nightly
 def test_mlx_reads_the_token_for_every_eight_rows():
     row = stock(SMALL, MIXED, run=1)
     layer = fused(SMALL, MIXED, run=1, model=False)[2]

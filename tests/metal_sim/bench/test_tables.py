@@ -25,6 +25,7 @@ def test_it_runs_from_a_clone():
     assert done.returncode == 1 and done.stderr.startswith("error: exact: nothing is packed"), done.stderr
 
 
+@pytest.mark.nightly
 def test_the_table_of_experts(monkeypatch, capsys):
     monkeypatch.setattr(expert_traffic, "TRIPLES", {SMALL: (MIXED, (("lloyd", 2, 64),) * 3)})
     assert bench.main(["--part", "experts", "--json"]) == 0
@@ -41,6 +42,7 @@ def test_the_table_of_experts(monkeypatch, capsys):
     assert "no measurement" in printed and "3 GatherQMM" in printed and "M4 Max µs" in printed
 
 
+@pytest.mark.nightly
 def test_the_table_of_attention(capsys, monkeypatch):
     monkeypatch.setattr(bench, "ENCODED", ("turbo2",))
     small = ["--tokens", "256", "--heads", "8", "--part", "attention"]

@@ -73,6 +73,7 @@ def test_a_weights_cost_is_the_divergence_it_alone_causes(checkpoint, tmp_path, 
         assert found.costs[module][REFERENCE] == pytest.approx(cost, rel=0.02), module
 
 
+@pytest.mark.nightly
 def test_better_specs_and_fits_cost_less(checkpoint, tmp_path):
     config, weights, plan = opened(checkpoint)
     fast, searched = (
