@@ -40,8 +40,7 @@ def test_a_job_and_the_loop_are_measured_on_the_same_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize(("experts", "chosen"), [(4, 4), (12, 8)])
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 4), pytest.param(12, 8, marks=pytest.mark.nightly)])
 def test_a_calibrated_job_is_measured_on_any_number_of_experts(tmp_path, experts, chosen):
     rows = jobs.measure_calibrated(tmp_path, "small", (experts,), tokens=256, length=128)
     assert [(row.experts, row.chosen, row.tokens) for row in rows] == [(experts, chosen, 256)]
